@@ -1,0 +1,258 @@
+"""The contract of a model family, and the registry that finds them.
+
+A family is one file in `families/` with a module-level `FAMILY`. Everything that differs between models ends there:
+sign, time scale, packing, rope, normalisation, names. The rest of the trainer speaks one language:
+
+    sigma in [0, 1], 1 is pure noise;  x = (1 - sigma) * clean + sigma * noise;  velocity = noise - clean
+
+Shape suffixes: B batch, C channels, F latent frames, H and W latent height and width, L text tokens, D text width,
+N transformer tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from .errors import CheckpointError, Problem
+from .keytable import KeyTable
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """How pixels become latents, and which pixels are allowed.
+
+    A clip has `temporal_stride * n + 1` frames, and sides that are multiples of `spatial_step` pixels (VAE stride times
+    the transformer's patch). `mean` and `std` are per channel: latents = (posterior mean - mean) / std.
+    """
+
+    channels: int
+    temporal_stride: int
+    spatial_stride: int
+    spatial_step: int
+    fps: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the latents of a clip of `num_frames` x `height` x `width` pixels."""
+        latent_frames = (num_frames - 1) // self.temporal_stride + 1
+        return self.channels, latent_frames, height // self.spatial_stride, width // self.spatial_stride
+
+    def tokens(self, num_frames: int, height: int, width: int) -> int:
+        """How many tokens the transformer sees for such a clip."""
+        latent_frames = (num_frames - 1) // self.temporal_stride + 1
+        return latent_frames * (height // self.spatial_step) * (width // self.spatial_step)
+
+    def floor_num_frames(self, num_frames: int) -> int:
+        """The largest allowed number of frames that is at most `num_frames` (at least 1)."""
+        return max(num_frames - 1, 0) // self.temporal_stride * self.temporal_stride + 1
+
+    def problems(self, num_frames: int, height: int, width: int) -> list[Problem]:
+        """What is wrong with a clip of this size; empty when nothing is."""
+        found = []
+        if num_frames < 1 or (num_frames - 1) % self.temporal_stride:
+            low = self.floor_num_frames(num_frames)
+            found.append(
+                Problem(
+                    f"num_frames is {num_frames}",
+                    f"this model needs {self.temporal_stride}n+1",
+                    f"Use {low} or {low + self.temporal_stride}.",
+                )
+            )
+        for name, value in (("height", height), ("width", width)):
+            if value < self.spatial_step or value % self.spatial_step:
+                low = max(value // self.spatial_step, 1) * self.spatial_step
+                found.append(
+                    Problem(
+                        f"{name} is {value}",
+                        f"this model needs multiples of {self.spatial_step} pixels",
+                        f"Use {low} or {low + self.spatial_step}.",
+                    )
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published model of a family. `file_hints` are regular expressions on a file's name, most telling first."""
+
+    id: str
+    title: str
+    file_hints: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a file's header says: the variants it may be (the likeliest first) and the transformer's full config."""
+
+    family: Family
+    variants: tuple[Variant, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def variant(self) -> Variant:
+        return self.variants[0]
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """One encoded caption, unpadded: `embeds_LD`, and what else the family's transformer needs."""
+
+    embeds_LD: torch.Tensor
+    pooled_D: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Captions of a batch, padded as the transformer expects: made by `Family.collate_text`."""
+
+    embeds_BLD: torch.Tensor
+    mask_BL: torch.Tensor | None = None
+    pooled_BD: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a sample is conditioned on besides text. Text to video has none."""
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What the transformer gets, in its own units.
+
+    `latents_BCFHW` noisy latents (with extra channels if the variant has them), `timesteps` (B,) or (B, N),
+    `loss_mask` broadcastable to the velocity (None: everything counts).
+    """
+
+    latents_BCFHW: torch.Tensor
+    timesteps: torch.Tensor
+    loss_mask: torch.Tensor | None = None
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a family is sampled by default: Euler over `steps` sigmas shifted by `shift`, guidance `cfg`."""
+
+    steps: int
+    shift: float
+    cfg: float
+    negative: str = ""
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """Which Linears get a LoRA: regular expressions on full diffusers module names, anchored at a block list."""
+
+    attention: tuple[str, ...]
+    feed_forward: tuple[str, ...]
+
+
+class Family(Protocol):
+    """One model family. Implementations import diffusers inside `build*`, never at import."""
+
+    id: str
+    title: str
+    variants: tuple[Variant, ...]
+    keys: KeyTable
+    vae_keys: KeyTable
+    targets: LoraTargets
+    blocks: tuple[str, ...]
+    """Names of the transformer's block lists, in the order they run."""
+
+    def latent(self, variant: Variant) -> LatentSpec: ...
+
+    def sampling(self, variant: Variant) -> Sampling: ...
+
+    def detect(self, checkpoint: Checkpoint) -> Detection | None:
+        """What the checkpoint is, or None when it is not of this family."""
+
+    def build(self, config: Mapping[str, Any]) -> torch.nn.Module:
+        """The transformer of a config, on the meta device, in float32."""
+
+    def detect_vae(self, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+        """The config of this family's VAE, or None when the checkpoint is not one."""
+
+    def build_vae(self, config: Mapping[str, Any]) -> torch.nn.Module:
+        """The VAE of a config, on the meta device."""
+
+    def encode_video(self, vae: torch.nn.Module, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (posterior mean) of pixels in [-1, 1]."""
+
+    def decode_video(self, vae: torch.nn.Module, latents_BCFHW: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] of normalised latents."""
+
+    def encode_text(self, tokenizer: Any, text_encoder: torch.nn.Module, prompts: Sequence[str]) -> list[TextRecord]:
+        """One unpadded record per prompt, from the encoder of a diffusers folder."""
+
+    def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch: ...
+
+    def required(self, variant: Variant, conditions: Sequence[str]) -> frozenset[str]:
+        """What the cache must hold for each clip window: "latents" and, by variant, more."""
+
+    def prepare(
+        self, variant: Variant, clean_BCFHW: torch.Tensor, noise_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions
+    ) -> ModelInput: ...
+
+    def predict(self, transformer: torch.nn.Module, inputs: ModelInput, text: TextBatch) -> torch.Tensor:
+        """The velocity (noise - clean), (B, C, F, H, W)."""
+
+    def cost(self, config: Mapping[str, Any], latent_shape: tuple[int, int, int, int], text_tokens: int) -> float:
+        """FLOPs of one forward pass of one sample."""
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """Every family, by id: one for each file in `families/`."""
+    package = importlib.import_module(".families", __package__)
+    modules = [importlib.import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
+    return {module.FAMILY.id: module.FAMILY for module in modules}
+
+
+def family_of(variant_id: str) -> tuple[Family, Variant]:
+    """The family and variant of a variant's id. Raises CheckpointError naming the known ones."""
+    known = {variant.id: (family, variant) for family in families().values() for variant in family.variants}
+    if variant_id not in known:
+        raise CheckpointError(Problem(f"variant is {variant_id!r}", "it must be a known one", f"Use one of: {', '.join(known)}."))
+    return known[variant_id]
+
+
+def detect(checkpoint: Checkpoint, variant_id: str | None = None) -> Detection:
+    """What a checkpoint is, by its header; `variant_id` overrides the choice among the candidates.
+
+    Raises CheckpointError when no family knows it, or when the chosen variant is not a candidate.
+    """
+    for family in families().values():
+        detection = family.detect(checkpoint)
+        if detection is None:
+            continue
+        if variant_id is None:
+            return detection
+        chosen = [variant for variant in detection.variants if variant.id == variant_id]
+        if chosen:
+            return Detection(family, tuple(chosen), detection.config)
+        can_be = ", ".join(variant.id for variant in detection.variants)
+        raise CheckpointError(
+            Problem(
+                f"variant is {variant_id!r}", f"{checkpoint.path.name} can only be {can_be}", "Leave the variant out or use one of these."
+            )
+        )
+    raise CheckpointError(
+        Problem(
+            f"{checkpoint.path.name} is no model that is known here",
+            f"known are {', '.join(family.title for family in families().values())}",
+            "Give the transformer's file (not the VAE, text encoder or a LoRA).",
+        )
+    )

@@ -1,0 +1,257 @@
+"""The job: the one validated description of a training run, shared by the CLI, the nodes and the worker.
+
+Every field has a range and its unit; an unknown field is an error. A job is read from JSON (canonical) or TOML, and is
+immutable: two jobs are the same run exactly when their canonical JSON is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import JobError, Problem
+
+SCHEMA_VERSION = 1
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class BaseSpec(_Spec):
+    """The frozen model that the LoRA is trained on. Paths may point at single files or diffusers folders."""
+
+    transformer: str
+    """File, shard index or folder of the transformer (or a whole diffusers folder)."""
+    vae: str | None = None
+    """File or folder of the VAE; needed for previews."""
+    variant: str | None = None
+    """Variant id, when the file's name does not tell; None: what `inspect` says."""
+
+
+class LoraSpec(_Spec):
+    """The shape of the adapter."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Rank of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale is alpha / rank; None: alpha = rank, scale 1."""
+    targets: Literal["attention", "attention+feed_forward"] = "attention+feed_forward"
+    """Which Linears of the blocks are adapted."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapter's input."""
+
+
+class OptimizerSpec(_Spec):
+    """How the adapter's weights move."""
+
+    kind: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """adamw8bit needs bitsandbytes, prodigy needs prodigyopt."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate (Prodigy: use 1.0)."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """Adam's averages."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are clipped to this norm; None: not clipped."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or down to zero at the last step."""
+    warmup_steps: Steps = 0
+    """Steps of linear warm-up."""
+
+
+class NoiseSpec(_Spec):
+    """Which noise levels are trained. sigma in [0, 1], 1 is pure noise."""
+
+    distribution: Literal["logit_normal", "uniform", "shift"] = "logit_normal"
+    """logit_normal: sigmoid(mean + std * normal); shift: uniform u moved to shift*u / (1 + (shift-1)*u)."""
+    mean: float = 0.0
+    """Mean of the logit-normal."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of the logit-normal."""
+    shift: Annotated[float, Field(gt=0)] = 3.0
+    """Shift of "shift"."""
+
+
+class HeldOutSpec(_Spec):
+    """Loss on the held-out clips at fixed noise and fixed noise levels."""
+
+    every_steps: Steps = 100
+    """Steps between two measurements; 0: never."""
+    sigmas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """The noise levels that are measured."""
+    max_clips: PositiveInt = 16
+    """At most this many held-out clips, so that a measurement stays short."""
+
+
+class PreviewSpec(_Spec):
+    """Videos sampled while training."""
+
+    every_steps: Steps = 0
+    """Steps between two previews; 0: never."""
+    prompts: tuple[str, ...] = ()
+    """One video each. They must be encoded together with the data set (`encode --prompt`)."""
+    width: PositiveInt = 832
+    """Pixels."""
+    height: PositiveInt = 480
+    """Pixels."""
+    num_frames: PositiveInt = 33
+    """Frames of each video."""
+    sampling_steps: PositiveInt | None = None
+    """Solver steps; None: the family's."""
+    cfg: Annotated[float, Field(ge=1.0)] | None = None
+    """Guidance scale; None: the family's."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """Shift of the sampling sigmas; None: the family's."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Noise of the first prompt; each further prompt uses the next seed."""
+    before_training: bool = True
+    """Also sample once before the first step."""
+
+
+class CheckpointSpec(_Spec):
+    """What is kept on the way."""
+
+    every_steps: PositiveInt = 250
+    """Steps between two checkpoints (each writes a LoRA file too); the last step always writes one."""
+    keep_last: PositiveInt = 3
+    """How many checkpoints stay for resuming; LoRA files are never deleted."""
+
+
+class ContinueSpec(_Spec):
+    """Where a run starts when it does not start from nothing."""
+
+    extends: str | None = None
+    """"RUN@STEP" (RUN a name in runs_folder or a path): go on exactly from there, with the optimizer."""
+    initial_lora: str | None = None
+    """A LoRA file in any format to start from; its rank must be `lora.rank`."""
+
+    @model_validator(mode="after")
+    def _only_one(self) -> ContinueSpec:
+        if self.extends and self.initial_lora:
+            raise ValueError("extends and initial_lora are both given; a run starts from one of them")
+        return self
+
+
+class Job(_Spec):
+    """One training run."""
+
+    schema_version: Literal[1] = 1
+    """Version of this description."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Name of the run and of its LoRA files."""
+    base: BaseSpec
+    encoded: str
+    """Folder that `encode` wrote."""
+    runs_folder: str = "output/runs"
+    """Where the run's folder is made."""
+    loras_folder: str = "output/loras"
+    """Where `<name>/<name>-000500.safetensors` is written."""
+    trigger_words: tuple[str, ...] = ()
+    """Written into the LoRA's metadata."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps; give this or `epochs`."""
+    epochs: PositiveInt | None = None
+    """Passes over the data set, repeats counted; give this or `steps`."""
+    batch_size: PositiveInt = 1
+    """Clips per forward pass (and per device)."""
+    accumulation: PositiveInt = 1
+    """Forward passes per optimizer step."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Every draw is a function of this, the step and the sample."""
+    caption_dropout: Fraction = 0.1
+    """How often a sample is trained without its caption."""
+    gradient_checkpointing: bool = True
+    """Recompute each block in the backward pass: a third more time for a fraction of the memory."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the card has it, else fp16 with loss scaling; fp32 on CPU."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
+    """auto: the first CUDA card, else the CPU."""
+    deterministic: bool = False
+    """Bit-for-bit repeatable on CUDA too, where PyTorch can; slower."""
+    tensorboard: bool = True
+    """Also write TensorBoard scalars into the run's folder, if tensorboard is installed."""
+
+    lora: LoraSpec = LoraSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    noise: NoiseSpec = NoiseSpec()
+    held_out: HeldOutSpec = HeldOutSpec()
+    previews: PreviewSpec = PreviewSpec()
+    checkpoints: CheckpointSpec = CheckpointSpec()
+    start: ContinueSpec = ContinueSpec()
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Job:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs; exactly one of them says how long to train")
+        return self
+
+    def canonical_json(self) -> str:
+        """The job as sorted JSON: equal strings are equal jobs."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+    def hash(self) -> str:
+        """Hash of what is trained: paths of the output and the run's name do not count."""
+        content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parse_job(values: dict[str, Any]) -> Job:
+    """A job from plain values. Raises JobError with every problem at once."""
+    try:
+        return Job.model_validate(values)
+    except ValidationError as error:
+        raise JobError([_problem(details) for details in error.errors()], subject="The job cannot run") from None
+
+
+def read_job(path: Path) -> Job:
+    """A job from a .json or .toml file; relative paths in it start at the file's folder.
+
+    Raises JobError with every problem at once.
+    """
+    try:
+        text = path.read_text("utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise JobError(
+            Problem(f"{path} cannot be read ({error})", "a job is a JSON or TOML file", "Check the path and the syntax.")
+        ) from None
+    if not isinstance(values, dict):
+        raise JobError(Problem(f"{path} holds a {type(values).__name__}", "a job is an object of fields", "See the README for an example."))
+    return _with_absolute_paths(parse_job(values), path.resolve().parent)
+
+
+def _with_absolute_paths(job: Job, folder: Path) -> Job:
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(folder / Path(path).expanduser())
+
+    base = job.base.model_copy(update={"transformer": absolute(job.base.transformer), "vae": absolute(job.base.vae)})
+    start = job.start.model_copy(update={"initial_lora": absolute(job.start.initial_lora)})
+    paths = {field: absolute(getattr(job, field)) for field in ("encoded", "runs_folder", "loras_folder")}
+    return job.model_copy(update={"base": base, "start": start, **paths})
+
+
+def _problem(details: Any) -> Problem:
+    """A pydantic error as value, rule and remedy."""
+    field = ".".join(str(part) for part in details["loc"]) or "the job"
+    message = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "extra_forbidden":
+        return Problem(f"{field} is no field of a job", "every field must be known", "Check its spelling.")
+    if details["type"] == "missing":
+        return Problem(f"{field} is missing", "a job must have it", "Add it.")
+    if details["type"] == "value_error":
+        return Problem(message.split("; ")[0], message.split("; ")[-1], "Change one of them.")
+    return Problem(f"{field} is {details['input']!r}", message[0].lower() + message[1:], "Change it.")

@@ -1,0 +1,174 @@
+"""How a family's tensors are named, cut and ordered: native file <-> diffusers class, in one table for both ways.
+
+A row's pattern stands for a module or a parameter and matches at dots: "blocks.{}.attn1.to_q" matches
+"blocks.3.attn1.to_q.weight", and "{}" stands for one block index. The longest matching pattern wins. The same table
+fills a model from a native file, names LoRA modules, and writes a native file back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import torch
+
+from .errors import KeyTableError, Problem
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The same tensor under another name."""
+
+    diffusers: str
+    native: str
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Several diffusers tensors stacked along dimension 0 of one native tensor, `sizes` giving their proportions."""
+
+    diffusers: tuple[str, ...]
+    native: str
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SwapHalves:
+    """The same tensor with the two halves of dimension 0 exchanged."""
+
+    diffusers: str
+    native: str
+
+
+Row = Rename | Fuse | SwapHalves
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its counterpart: rows `start/total .. stop/total` of `name`, halves swapped or not."""
+
+    name: str
+    start: int = 0
+    stop: int = 1
+    total: int = 1
+    swap: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return self.stop - self.start == self.total
+
+    def rows(self, length: int) -> slice:
+        """The rows of a native dimension 0 of `length`."""
+        assert length % self.total == 0, f"{self.name}: {length} rows are not {self.total} equal parts"
+        unit = length // self.total
+        return slice(self.start * unit, self.stop * unit)
+
+    def cut(self, native: torch.Tensor) -> torch.Tensor:
+        """This piece of the native tensor: a view, unless the halves are swapped."""
+        piece = native if self.whole else native[self.rows(native.shape[0])]
+        return torch.cat(piece.chunk(2)[::-1]) if self.swap else piece
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """The rows of one module (a transformer or a VAE).
+
+    `ignored` are native patterns that carry no weights of the model (e.g. stored rope tables).
+    """
+
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...] = ()
+
+    def to_native(self, name: str) -> Place:
+        """Where the diffusers tensor or module `name` lies. Raises KeyTableError when no row matches."""
+        return self._native_names[name]
+
+    def to_diffusers(self, name: str) -> tuple[Place, ...]:
+        """The diffusers tensors (in stacking order) that the native tensor or module `name` holds."""
+        return self._diffusers_names[name]
+
+    def is_ignored(self, native_name: str) -> bool:
+        return any(re.fullmatch(_regex(pattern), native_name) for pattern in self.ignored)
+
+    def map_file(self, native_names: Iterable[str]) -> dict[str, Place]:
+        """{diffusers name: its place in the file} for every native name; an unmatched name raises KeyTableError."""
+        found: dict[str, Place] = {}
+        unknown: list[str] = []
+        for native in native_names:
+            if self.is_ignored(native):
+                continue
+            try:
+                members = self.to_diffusers(native)
+            except KeyTableError:
+                unknown.append(native)
+                continue
+            found.update({member.name: Place(native, member.start, member.stop, member.total, member.swap) for member in members})
+        if unknown:
+            raise _unmatched(unknown)
+        return found
+
+    @cached_property
+    def _native_names(self) -> _Index[Place]:
+        return _Index([(_members(row)[i][0], _to_native(row, i)) for row in self.rows for i in range(len(_members(row)))])
+
+    @cached_property
+    def _diffusers_names(self) -> _Index[tuple[Place, ...]]:
+        return _Index([(row.native, _to_diffusers(row)) for row in self.rows])
+
+
+def _members(row: Row) -> list[tuple[str, int, int, int]]:
+    """(diffusers pattern, start, stop, total) of each member of a row."""
+    if not isinstance(row, Fuse):
+        return [(row.diffusers, 0, 1, 1)]
+    sizes = row.sizes or (1,) * len(row.diffusers)
+    total, start, members = sum(sizes), 0, []
+    for name, size in zip(row.diffusers, sizes, strict=True):
+        members.append((name, start, start + size, total))
+        start += size
+    return members
+
+
+def _to_native(row: Row, member: int) -> Callable[[str, str], Place]:
+    _, start, stop, total = _members(row)[member]
+    return lambda index, rest: Place(row.native.replace("{}", index) + rest, start, stop, total, isinstance(row, SwapHalves))
+
+
+def _to_diffusers(row: Row) -> Callable[[str, str], tuple[Place, ...]]:
+    return lambda index, rest: tuple(
+        Place(name.replace("{}", index) + rest, start, stop, total, isinstance(row, SwapHalves))
+        for name, start, stop, total in _members(row)
+    )
+
+
+class _Index(Generic[T]):
+    """Patterns, longest first, each with what makes the answer from the block index and the rest of the name."""
+
+    def __init__(self, entries: list[tuple[str, Callable[[str, str], T]]]) -> None:
+        self._entries = [(re.compile(_regex(pattern)), make) for pattern, make in sorted(entries, key=lambda e: -len(e[0]))]
+        self._known: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._known:
+            self._known[name] = self._find(name)
+        return self._known[name]
+
+    def _find(self, name: str) -> T:
+        for pattern, make in self._entries:
+            if match := pattern.match(name):
+                return make(match.group(1) if pattern.groups else "", name[match.end() :])
+        raise _unmatched([name])
+
+
+def _regex(pattern: str) -> str:
+    return re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(?=\.|$)"
+
+
+def _unmatched(names: list[str]) -> KeyTableError:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return KeyTableError(
+        Problem(f"no place for {shown}", "every key of a model file must be known", "Check that the file is the model it is named after")
+    )
