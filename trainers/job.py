@@ -157,6 +157,8 @@ class Job(_Spec):
     base: BaseSpec
     encoded: str
     """Folder that `encode` wrote."""
+    encoded_identity: str | None = None
+    """Identity of the encoded data, filled in when the job is handed over: a run never goes on over other data."""
     runs_folder: str = "output/runs"
     """Where the run's folder is made."""
     loras_folder: str = "output/loras"
@@ -224,8 +226,11 @@ class Job(_Spec):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
     def hash(self) -> str:
-        """Hash of what is trained: paths of the output and the run's name do not count."""
-        content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder"})
+        """Hash of what is trained: folders, the run's name and where the output goes do not count."""
+        content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder", "encoded"})
+        content["base"] = {field: Path(value).name if value else None for field, value in content["base"].items()}
+        if initial := self.start.initial_lora:
+            content["start"]["initial_lora"] = Path(initial).name
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
