@@ -202,9 +202,13 @@ class Family(Protocol):
     def required(self, variant: Variant, conditions: Sequence[str]) -> frozenset[str]:
         """What the cache must hold for each clip window: "latents" and, by variant, more."""
 
+    def prepare_noisy(self, variant: Variant, noisy_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions) -> ModelInput:
+        """What the transformer gets for latents that are at noise level `sigma_B` already (sampling)."""
+
     def prepare(
         self, variant: Variant, clean_BCFHW: torch.Tensor, noise_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions
-    ) -> ModelInput: ...
+    ) -> ModelInput:
+        """What the transformer gets for clean latents and noise (training): `prepare_noisy` of their mixture."""
 
     def predict(self, transformer: torch.nn.Module, inputs: ModelInput, text: TextBatch) -> torch.Tensor:
         """The velocity (noise - clean), (B, C, F, H, W)."""
