@@ -5,7 +5,7 @@
     <folder>/hashes.jsonl                    sha256 of files already read, by path, size and time of change
 
 Files are written beside their place and renamed, and never changed or deleted afterwards, so any number of processes may
-share a store and a crash leaves at most a `.tmp` file. An 832 x 480 window of 81 frames takes 8.4 MB with Wan's VAE (16 x
+share a store and a crash leaves at most a `.partial` file. An 832 x 480 window of 81 frames takes 8.4 MB with Wan's VAE (16 x
 21 x 60 x 104 numbers), a caption of 100 tokens 0.8 MB in bfloat16 (4096 numbers each).
 """
 
@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import journal
 from ..errors import DatasetError, Problem
 from ..family import TextRecord
+from ..stable_file import save_file
 
 FORMAT_VERSION = 1
 """Part of every key. Raise it when the same file and window would give other pixels or another layout."""
@@ -33,6 +33,7 @@ class Cache:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).expanduser().absolute()
+        self._journal = self.folder / "hashes.jsonl"
         self._hashes: dict[tuple[str, int, int], str] | None = None
 
     @staticmethod
@@ -79,21 +80,21 @@ class Cache:
         path = path.absolute()
         status = path.stat()
         known = self._known_hashes()
-        place = (str(path), status.st_size, status.st_mtime_ns)
+        place = (ascii(str(path)), status.st_size, status.st_mtime_ns)
         if place not in known:
             with open(path, "rb") as file:
                 known[place] = hashlib.file_digest(file, "sha256").hexdigest()
-            self._remember(place, known[place])
+            self.folder.mkdir(parents=True, exist_ok=True)
+            journal.append(self._journal, {"path": place[0], "size": place[1], "mtime_ns": place[2], "sha256": known[place]})
         return known[place]
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def _write(self, kind: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        from safetensors.torch import save
-
-        content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
-        write_atomically(self._path(kind, key), content)
+        path = self._path(kind, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, overwrite=True)
 
     def _read(self, kind: str, key: str) -> dict[str, torch.Tensor]:
         from safetensors import SafetensorError
@@ -113,39 +114,9 @@ class Cache:
 
     def _known_hashes(self) -> dict[tuple[str, int, int], str]:
         if self._hashes is None:
-            path = self.folder / "hashes.jsonl"
-            lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
-            self._hashes = dict(entry for line in lines if (entry := _hash_entry(line)))
+            records, _ = journal.read(self._journal)
+            self._hashes = {(record["path"], record["size"], record["mtime_ns"]): record["sha256"] for record in records}
         return self._hashes
-
-    def _remember(self, place: tuple[str, int, int], file_hash: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "hashes.jsonl", "ab", buffering=0) as file:
-            file.write(json.dumps([*place, file_hash]).encode() + b"\n")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all, also after a loss of power; an older one is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _hash_entry(line: str) -> tuple[tuple[str, int, int], str] | None:
-    """One remembered hash; None for a line that a crash or another process has torn."""
-    try:
-        path, size, mtime_ns, file_hash = json.loads(line)
-    except (ValueError, TypeError):
-        return None
-    return (path, size, mtime_ns), file_hash
 
 
 def _key(content: Mapping[str, Any]) -> str:

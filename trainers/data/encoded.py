@@ -21,7 +21,7 @@ import torch
 
 from ..errors import DatasetError, Problem
 from ..family import TextRecord
-from .cache import Cache, write_atomically
+from .cache import Cache
 
 SCHEMA_VERSION = 1
 FILE_NAME = "encoded.json"
@@ -75,7 +75,8 @@ class Encoded:
     def save(self) -> None:
         """Write `encoded.json`; an older one is replaced."""
         values = {"schema_version": SCHEMA_VERSION, "cache": self._cache_path(), **self._content()}
-        write_atomically(self.folder / FILE_NAME, (json.dumps(values, sort_keys=True, indent=1) + "\n").encode())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(self.folder / FILE_NAME, json.dumps(values, sort_keys=True, indent=1) + "\n")
 
     def latents_CFHW(self, item: EncodedItem) -> torch.Tensor:
         """Normalised latents of an item, float32. Raises DatasetError when its file is missing or damaged."""
@@ -104,6 +105,19 @@ class Encoded:
         if self.cache.folder.is_relative_to(self.folder):
             return self.cache.folder.relative_to(self.folder).as_posix()
         return os.fspath(self.cache.folder)
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file gets its new content as a whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(beside, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -29,6 +29,19 @@ def test_what_is_saved_is_opened(tmp_path: Path):
     assert opened.cache.folder == tmp_path / "set/cache"
 
 
+def test_a_save_that_fails_leaves_the_old_content_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(tmp_path).save()
+
+    def fail(*_: object) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no"):
+        make(tmp_path, ()).save()
+    assert Encoded.open(tmp_path).items == (ITEM,)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoded.json"]
+
+
 def test_a_folder_may_move_and_a_shared_cache_stays_where_it_is(tmp_path: Path):
     make(tmp_path / "old").save()
     (tmp_path / "old").rename(tmp_path / "new")
