@@ -11,7 +11,7 @@ from .errors import VideoTrainerError
 from .lock import FileLock, device_lock
 from .offline import go_offline
 from .run import Run
-from .run_status import last_state
+from .run_status import OUTCOMES, Outcome, Request
 
 _POLL_SECONDS = 0.5
 
@@ -35,48 +35,42 @@ def main(arguments: Sequence[str]) -> int:
 def _work(run: Run) -> int:
     run.event("queued")
     try:
-        _train(run)
+        outcome = _train(run)
     except Exception as error:
         traceback.print_exc()
         run.event("failed", message=_message(error), error=type(error).__name__)
         return 1
-    if last_state(run.read_events())[0] == "stopped":
+    run.event(outcome)
+    if outcome == "stopped":
         run.clear("stop")
-    else:
-        run.event("done")
     return 0
 
 
-def _train(run: Run) -> None:
+def _train(run: Run) -> Outcome:
     from .device import pick_device
 
     device = pick_device(run.job)
     lock = device_lock(str(device))
-    if not _wait_for(lock, run, str(device)):
-        run.event("stopped")
-        return
+    if asked := _wait_for(lock, run, str(device)):
+        return OUTCOMES[asked]
     try:
         from .trainer import train
 
-        step = run.latest_checkpoint()
-        run.event("training") if step is None else run.event("resumed", step=step)
-        train(run)
+        return train(run)
     finally:
         lock.release()
 
 
-def _wait_for(device: FileLock, run: Run, name: str) -> bool:
-    """Wait until the device is ours; False when the run was asked to stop meanwhile."""
-    if run.requested() == "stop":
-        return False
-    if device.acquire():
-        return True
+def _wait_for(device: FileLock, run: Run, name: str) -> Request | None:
+    """Wait until the device is ours; what the run was asked to do meanwhile, if anything."""
+    if (asked := run.requested()) or device.acquire():
+        return asked
     run.event("queued", message=f"waiting for {name}, which another run uses")
-    while run.requested() != "stop":
+    while not (asked := run.requested()):
         time.sleep(_POLL_SECONDS)
         if device.acquire():
-            return True
-    return False
+            return None
+    return asked
 
 
 def _message(error: Exception) -> str:
