@@ -50,11 +50,12 @@ class Run:
 
     @classmethod
     def create(cls, job: Job) -> Run:
-        """The new folder `runs_folder/name`, there with its job in one instant.
+        """The new folder `runs_folder/name`, there in one instant with its job, whose paths become absolute.
 
         Raises RunError when that name is taken, or when the folder cannot be made.
         """
-        runs_folder = Path(job.runs_folder).absolute()
+        job = job.with_absolute_paths(Path.cwd())
+        runs_folder = Path(job.runs_folder)
         folder = runs_folder / job.name
         unfinished = runs_folder / f".{job.name}.{secrets.token_hex(4)}.tmp"
         try:

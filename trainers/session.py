@@ -6,12 +6,15 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import VideoTrainerError
 from .lock import FileLock, device_lock
 from .offline import go_offline
 from .run import Run
-from .run_status import last_state
+
+if TYPE_CHECKING:
+    from .trainer import Outcome
 
 _POLL_SECONDS = 0.5
 
@@ -35,48 +38,47 @@ def main(arguments: Sequence[str]) -> int:
 def _work(run: Run) -> int:
     run.event("queued")
     try:
-        _train(run)
+        outcome = _train(run)
     except Exception as error:
         traceback.print_exc()
         run.event("failed", message=_message(error), error=type(error).__name__)
         return 1
-    if last_state(run.read_events())[0] == "stopped":
-        run.clear("stop")
-    else:
-        run.event("done")
+    run.clear("stop")
+    run.clear("pause")
+    run.event(outcome)
     return 0
 
 
-def _train(run: Run) -> None:
+def _train(run: Run) -> Outcome:
+    """Train when the device is free. A paused run gives its device back: it ends here, and is resumed by a new worker."""
     from .device import pick_device
 
     device = pick_device(run.job)
     lock = device_lock(str(device))
-    if not _wait_for(lock, run, str(device)):
-        run.event("stopped")
-        return
+    if asked := _wait_for(lock, run, str(device)):
+        return asked
     try:
         from .trainer import train
 
         step = run.latest_checkpoint()
-        run.event("training") if step is None else run.event("resumed", step=step)
-        train(run)
+        run.event("training" if step is None else "resumed", step=step or 0)
+        return train(run)
     finally:
         lock.release()
 
 
-def _wait_for(device: FileLock, run: Run, name: str) -> bool:
-    """Wait until the device is ours; False when the run was asked to stop meanwhile."""
-    if run.requested() == "stop":
-        return False
-    if device.acquire():
-        return True
-    run.event("queued", message=f"waiting for {name}, which another run uses")
-    while run.requested() != "stop":
-        time.sleep(_POLL_SECONDS)
+def _wait_for(device: FileLock, run: Run, name: str) -> Outcome | None:
+    """Wait until the device is ours (None), or until the run is asked for something else (what it then is)."""
+    waiting = False
+    while True:
+        if asked := run.requested():
+            return "stopped" if asked == "stop" else "paused"
         if device.acquire():
-            return True
-    return False
+            return None
+        if not waiting:
+            run.event("queued", message=f"waiting for {name}, which another run uses")
+        waiting = True
+        time.sleep(_POLL_SECONDS)
 
 
 def _message(error: Exception) -> str:
