@@ -6,12 +6,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import VideoTrainerError
 from .lock import FileLock, device_lock
 from .offline import go_offline
 from .run import Run
-from .run_status import OUTCOMES, Outcome, Request
+from .run_status import OUTCOMES, Outcome
 
 _POLL_SECONDS = 0.5
 
@@ -40,37 +41,42 @@ def _work(run: Run) -> int:
         traceback.print_exc()
         run.event("failed", message=_message(error), error=type(error).__name__)
         return 1
+    run.clear("stop")
+    run.clear("pause")
     run.event(outcome)
-    if outcome == "stopped":
-        run.clear("stop")
     return 0
 
 
 def _train(run: Run) -> Outcome:
+    """Train when the device is free. A paused run gives its device back: it ends here, and is resumed by a new worker."""
     from .device import pick_device
 
     device = pick_device(run.job)
     lock = device_lock(str(device))
     if asked := _wait_for(lock, run, str(device)):
-        return OUTCOMES[asked]
+        return asked
     try:
         from .trainer import train
 
+        step = run.latest_checkpoint()
+        run.event("training" if step is None else "resumed", step=step or 0)
         return train(run)
     finally:
         lock.release()
 
 
-def _wait_for(device: FileLock, run: Run, name: str) -> Request | None:
-    """Wait until the device is ours; what the run was asked to do meanwhile, if anything."""
-    if (asked := run.requested()) or device.acquire():
-        return asked
-    run.event("queued", message=f"waiting for {name}, which another run uses")
-    while not (asked := run.requested()):
-        time.sleep(_POLL_SECONDS)
+def _wait_for(device: FileLock, run: Run, name: str) -> Outcome | None:
+    """Wait until the device is ours (None), or until the run is asked for something else (what it then is)."""
+    waiting = False
+    while True:
+        if asked := run.requested():
+            return OUTCOMES[asked]
         if device.acquire():
             return None
-    return asked
+        if not waiting:
+            run.event("queued", message=f"waiting for {name}, which another run uses")
+        waiting = True
+        time.sleep(_POLL_SECONDS)
 
 
 def _message(error: Exception) -> str:

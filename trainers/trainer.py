@@ -24,7 +24,7 @@ def train(run: Run) -> Outcome:
     Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can mend.
     """
     training = open_training(run)
-    run.event("resumed" if training.step else "training", step=training.step, total_steps=training.total_steps)
+    run.event("training", step=training.step, total_steps=training.total_steps)
     previews, held_out = Previews.of(training), HeldOut.of(run.job, training.family, training.variant, training.encoded)
     previews.write_if_due(training.step)
     while training.step < training.total_steps:

@@ -36,11 +36,11 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def until() -> Callable[[Run, str], None]:
-    """Wait until a run is in a state (20 s at most)."""
+    """Wait until a run is in a state, and for an ended run also until its worker is gone (30 s at most)."""
 
     def wait(run: Run, state: str) -> None:
-        give_up = time.monotonic() + 20
-        while run.status().state != state:
+        give_up = time.monotonic() + 30
+        while run.status().state != state or (run.live and state not in ("queued", "training")):
             assert time.monotonic() < give_up, f"{run.status()}\n{launch.last_log_lines(run, 30)}"
             time.sleep(0.02)
 

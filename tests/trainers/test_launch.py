@@ -63,4 +63,4 @@ def test_the_command_holds_two_paths_and_nothing_of_the_user(make_job):
     run = Run.create(make_job("--danger"))
     assert launch._command(run, 1)[-2:] == [str(launch.WORKER), str(run.folder)]
     many = launch._command(run, 4)
-    assert many[many.index("-m") :] == [*["-m", "accelerate.commands.launch", "--num_processes", "4"], str(launch.WORKER), str(run.folder)]
+    assert many[many.index("-m") :] == ["-m", "accelerate.commands.launch", "--num_processes", "4", str(launch.WORKER), str(run.folder)]

@@ -11,7 +11,7 @@ import pytest
 
 from trainers import launch
 from trainers.lock import device_lock
-from trainers.run import Run
+from trainers.run import Run, attach_or_create
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,14 +84,26 @@ def test_the_next_run_waits_for_the_device(stand_in, make_job, until):
     until(run, "done")
 
 
-def test_a_waiting_run_can_be_stopped(stand_in, make_job, until):
+@pytest.mark.parametrize(("request_", "state"), [("stop", "stopped"), ("pause", "paused")])
+def test_a_waiting_run_does_what_it_is_asked(stand_in, make_job, until, request_, state):
     run = Run.create(make_job("quick"))
     with device_lock("cpu"):
         launch.launch(run)
         until(run, "queued")
-        run.request("stop")
-        until(run, "stopped")
+        run.request(request_)
+        until(run, state)
     assert "training" not in _events(run)
+    assert run.requested() is None
+
+
+def test_a_paused_run_has_no_worker_and_is_resumed_by_a_new_one(stand_in, make_job, until):
+    run = Run.create(make_job("slow", steps=1))
+    launch.launch(run)
+    run.request("pause")
+    until(run, "paused")
+    with device_lock("cpu"):
+        pass  # or RunLocked is raised
+    assert attach_or_create(run.job)[1] == "resumed"
 
 
 def test_the_socket_guard_of_these_tests_works(stand_in, make_job):
