@@ -6,7 +6,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .errors import VideoTrainerError
 from .lock import FileLock, device_lock

@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as library_save_file
-from trainers.families.wan import FAMILY as WAN
 
 from trainers import lora_keys
 from trainers.adapter import Adapter, LoraPair
 from trainers.errors import LoraError
+from trainers.families.wan import FAMILY as WAN
 from trainers.family import LoraTargets
 from trainers.keytable import Fuse, KeyTable, Rename, SwapHalves
 from trainers.lora_format import Form, convert, read_lora, write_lora

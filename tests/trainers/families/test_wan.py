@@ -11,8 +11,8 @@ from model_files import T2V_1_3B, T2V_14B, TINY, VAE, entries, shapes_of, tiny_t
 from trainers.checkpoint import Checkpoint
 from trainers.errors import CheckpointError
 from trainers.families.wan import FAMILY, LATENT
-from trainers.flow import noised
 from trainers.family import Conditions, TextBatch, TextRecord, detect, families
+from trainers.flow import noised
 
 PUBLISHED = {  # config.json of the published diffusers folders
     "patch_size": (1, 2, 2),
