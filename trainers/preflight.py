@@ -8,9 +8,10 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import pick_device
-from .errors import JobError, MissingPackage, Problem, ProblemsError, VideoTrainerError
+from .errors import JobError, MissingPackage, Problem, ProblemsError, RunError, VideoTrainerError
 from .family import Detection, detect
 from .job import Job
+from .lora_metadata import describe
 from .optimizers import check_installed
 
 
@@ -83,16 +84,28 @@ def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -
 
 
 def _check_start(job: Job) -> None:
-    from .lora_format import read_lora_rank
-    from .training import extended_folder
-
     if job.start.extends:
         extended_folder(job)
     if job.start.initial_lora:
-        rank = read_lora_rank(Path(job.start.initial_lora))
-        if rank != job.lora.rank:
-            rule = f"{Path(job.start.initial_lora).name} has rank {rank}, and a run goes on with it"
-            raise JobError(Problem(f"lora.rank is {job.lora.rank}", rule, f"Use {rank}."))
+        path = Path(job.start.initial_lora)
+        if (ranks := describe(path).ranks) != (job.lora.rank,):
+            found = " and ".join(map(str, ranks))
+            raise JobError(
+                Problem(f"lora.rank is {job.lora.rank}", f"{path.name} has rank {found}, and a run goes on with it", f"Use {found}.")
+            )
+
+
+def extended_folder(job: Job) -> Path:
+    """The checkpoint that `start.extends` names. Raises RunError when it is not there."""
+    assert job.start.extends is not None
+    name, _, step = job.start.extends.rpartition("@")
+    if not name or not step.isdigit():
+        raise RunError(f"start.extends is {job.start.extends!r}; it must be RUN@STEP, as in my-run@500.")
+    other = find_run(Path(job.runs_folder), name)
+    if int(step) not in other.checkpoints():
+        there = ", ".join(str(s) for s in other.checkpoints()) or "none"
+        raise RunError(f"start.extends is {job.start.extends!r}; that run keeps checkpoints of steps {there}. Use one of them.")
+    return other.checkpoint_folder(int(step))
 
 
 def _problems(field: str, error: VideoTrainerError) -> list[Problem]:
