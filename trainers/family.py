@@ -93,11 +93,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Detection:
-    """What a file's header says: the variants it may be (the likeliest first) and the transformer's full config."""
+    """What a file's header says: the variants it may be (the likeliest first) and the transformer's full config.
+
+    `notes` are sentences for the user about what the tensors cannot tell.
+    """
 
     family: Family
     variants: tuple[Variant, ...]
     config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def variant(self) -> Variant:
@@ -202,13 +206,8 @@ class Family(Protocol):
     def required(self, variant: Variant, conditions: Sequence[str]) -> frozenset[str]:
         """What the cache must hold for each clip window: "latents" and, by variant, more."""
 
-    def prepare_noisy(self, variant: Variant, noisy_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions) -> ModelInput:
-        """What the transformer gets for latents that are at noise level `sigma_B` already (sampling)."""
-
-    def prepare(
-        self, variant: Variant, clean_BCFHW: torch.Tensor, noise_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions
-    ) -> ModelInput:
-        """What the transformer gets for clean latents and noise (training): `prepare_noisy` of their mixture."""
+    def prepare(self, variant: Variant, noisy_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions) -> ModelInput:
+        """What the transformer gets for latents at noise level `sigma_B`: the same in training and in sampling."""
 
     def predict(self, transformer: torch.nn.Module, inputs: ModelInput, text: TextBatch) -> torch.Tensor:
         """The velocity (noise - clean), (B, C, F, H, W)."""
@@ -246,7 +245,7 @@ def detect(checkpoint: Checkpoint, variant_id: str | None = None) -> Detection:
             return detection
         chosen = [variant for variant in detection.variants if variant.id == variant_id]
         if chosen:
-            return Detection(family, tuple(chosen), detection.config)
+            return Detection(family, tuple(chosen), detection.config, detection.notes)
         can_be = ", ".join(variant.id for variant in detection.variants)
         raise CheckpointError(
             Problem(

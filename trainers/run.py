@@ -50,11 +50,12 @@ class Run:
 
     @classmethod
     def create(cls, job: Job) -> Run:
-        """The new folder `runs_folder/name`, there with its job in one instant.
+        """The new folder `runs_folder/name`, there in one instant with its job, whose paths become absolute.
 
         Raises RunError when that name is taken, or when the folder cannot be made.
         """
-        runs_folder = Path(job.runs_folder).absolute()
+        job = job.with_absolute_paths(Path.cwd())
+        runs_folder = Path(job.runs_folder)
         folder = runs_folder / job.name
         unfinished = runs_folder / f".{job.name}.{secrets.token_hex(4)}.tmp"
         try:
@@ -214,12 +215,26 @@ def attach_or_create(job: Job) -> tuple[Run, HowFound]:
         runs_folder.mkdir(parents=True, exist_ok=True)
         with FileLock(runs_folder / ".create.lock", patience_seconds=30.0):
             _remove_unfinished(runs_folder)
-            run = _run_of(job)
+            run = run_of(job)
             if run is None:
                 return Run.create(_with_free_name(job)), "created"
     except OSError as error:
         raise RunError(f"{runs_folder} cannot be used ({error}); runs are made there. Change runs_folder or its permissions.") from None
     return run, _take_up(run)
+
+
+def run_of(job: Job) -> Run | None:
+    """The existing run with this job (its paths absolute), apart from the number behind its name."""
+    if not Path(job.runs_folder).is_dir():
+        return None
+    for folder in sorted(Path(job.runs_folder).iterdir(), key=lambda folder: (len(folder.name), folder.name)):
+        ending = re.search(r"-(\d+)$", folder.name)
+        if folder.name != job.name and not (ending and folder.name == _numbered(job.name, int(ending[1]))):
+            continue
+        run = _run_or_none(folder)
+        if run and run.job.model_copy(update={"name": job.name}).canonical_json() == job.canonical_json():
+            return run
+    return None
 
 
 def list_runs(runs_folder: Path) -> list[Run]:
@@ -249,18 +264,6 @@ def _take_up(run: Run) -> HowFound:
     run.clear("stop")
     run.clear("pause")
     return "resumed"
-
-
-def _run_of(job: Job) -> Run | None:
-    """The existing run with this job, apart from the number behind its name."""
-    for folder in sorted(Path(job.runs_folder).iterdir(), key=lambda folder: (len(folder.name), folder.name)):
-        ending = re.search(r"-(\d+)$", folder.name)
-        if folder.name != job.name and not (ending and folder.name == _numbered(job.name, int(ending[1]))):
-            continue
-        run = _run_or_none(folder)
-        if run and run.job.model_copy(update={"name": job.name}).canonical_json() == job.canonical_json():
-            return run
-    return None
 
 
 def _with_free_name(job: Job) -> Job:

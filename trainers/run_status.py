@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 State = Literal["new", "queued", "training", "paused", "stopped", "failed", "interrupted", "done"]
 Request = Literal["stop", "pause"]
+Outcome = Literal["done", "stopped", "paused"]
+OUTCOMES: Mapping[Request, Outcome] = {"stop": "stopped", "pause": "paused"}
+"""How a worker ends that was asked to: a paused run frees the card, and goes on from its checkpoint."""
 
 _STATE_OF_EVENT: Mapping[str, State] = {
     "queued": "queued",
@@ -18,7 +21,7 @@ _STATE_OF_EVENT: Mapping[str, State] = {
     "failed": "failed",
     "done": "done",
 }
-_ENDED = frozenset[State]({"stopped", "failed", "done"})
+_ENDED = frozenset[State]({"new", "paused", "stopped", "failed", "done"})
 _AVERAGED_STEPS = 20
 
 
@@ -63,12 +66,10 @@ def last_state(events: Sequence[Mapping[str, Any]]) -> tuple[State, Mapping[str,
     return "new", {}
 
 
-def infer_state(events: Sequence[Mapping[str, Any]], live: bool, request: Request | None) -> State:
+def infer_state(events: Sequence[Mapping[str, Any]], live: bool) -> State:
     """The state, given whether a worker lives: without one, a run that had not ended was interrupted."""
     state, _ = last_state(events)
-    if live or state in _ENDED or state == "new":
-        return state
-    return "paused" if state == "paused" and request == "pause" else "interrupted"
+    return state if live or state in _ENDED else "interrupted"
 
 
 def make_status(
@@ -85,7 +86,7 @@ def make_status(
     steps = [line["step"] for line in recent_metrics if "step" in line]
     return RunStatus(
         name=name,
-        state=infer_state(events, live, request),
+        state=infer_state(events, live),
         live=live,
         step=int(steps[-1]) if steps else 0,
         total_steps=int(totals[-1]) if totals else planned_steps,

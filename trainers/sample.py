@@ -54,7 +54,7 @@ def sample_latents(
     steps = len(solver.sigmas) - 1
     for i in range(steps):
         sigma, next_sigma = solver.sigmas[i], solver.sigmas[i + 1]
-        inputs = family.prepare_noisy(variant, latents, torch.full((len(prompts),), sigma, device=device), Conditions())
+        inputs = family.prepare(variant, latents, torch.full((len(prompts),), sigma, device=device), Conditions())
         velocity = family.predict(transformer, inputs, text).float()
         if solver.cfg != 1.0:
             without = family.predict(transformer, inputs, no_text).float()

@@ -26,7 +26,7 @@ def test_a_new_run(run):
         (["queued"], "queued", "interrupted"),
         (["queued", "training"], "training", "interrupted"),
         (["queued", "training", "checkpoint", "sample"], "training", "interrupted"),
-        (["training", "paused"], "paused", "interrupted"),
+        (["training", "paused"], "paused", "paused"),
         (["training", "paused", "resumed"], "training", "interrupted"),
         (["training", "stopped"], "stopped", "stopped"),
         (["training", "failed"], "failed", "failed"),
@@ -41,14 +41,6 @@ def test_a_run_without_a_worker_was_interrupted_unless_it_said_it_ended(run, eve
     with run.lock():
         assert run.status().state == live
         assert not run.status().ended
-
-
-def test_a_paused_run_stays_paused_when_its_worker_is_gone(run):
-    run.event("training")
-    run.event("paused")
-    run.request("pause")
-    assert run.status().state == "paused"
-    assert run.status().request == "pause"
 
 
 def test_progress_comes_from_the_last_lines(run):

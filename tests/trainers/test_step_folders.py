@@ -38,9 +38,9 @@ for turn in itertools.count(1):
 """
 
 
-def _write(folder: Path, turn: int = 0) -> None:
-    for name in ("adapter", "optimizer"):
-        (folder / name).write_text(str(turn) * 50_000)
+def _write(folder: Path, turn: int | None = 0) -> None:
+    (folder / "adapter").write_text(str(turn) * 50_000)
+    (folder / "optimizer").write_bytes(b"%d" % turn * 50_000)
 
 
 def _assert_whole(folder: Path) -> None:
@@ -71,9 +71,8 @@ def test_an_error_while_writing_changes_nothing(tmp_path):
     folders = StepFolders(tmp_path)
     with folders.writing(5) as folder:
         _write(folder, 1)
-    with pytest.raises(OSError, match="full"), folders.writing(5) as folder:
-        _write(folder, 2)
-        raise OSError("the disk is full")
+    with pytest.raises(TypeError), folders.writing(5) as folder:
+        _write(folder, None)  # fails in the second file
     assert folders.path(5).joinpath("adapter").read_text().startswith("1")
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
 
