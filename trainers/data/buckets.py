@@ -141,17 +141,25 @@ def _size(aspect: float, num_frames: int, geometry: Geometry, spec: LatentSpec) 
     if cells == rows * columns and not geometry.bucketing:
         return geometry.height, geometry.width
     longest = max(MAX_ASPECT, columns / rows, rows / columns)
-    height, width = _nearest_shape(aspect, cells, longest)
+    height, width = _best_shape(aspect, cells, longest)
     return height * step, width * step
 
 
 @cache
-def _nearest_shape(aspect: float, cells: int, longest: float) -> tuple[int, int]:
-    """(rows, columns) of at most `cells` cells with the ratio of sides nearest to `aspect`; of two, the larger."""
-    shapes = [(max(cells // columns, 1), columns) for columns in range(1, cells + 1)]
-    shapes += [(columns, rows) for rows, columns in shapes]
-    allowed = [(rows, columns) for rows, columns in shapes if 1 / longest <= columns / rows <= longest]
-    return min(allowed, key=lambda shape: (round(abs(math.log(shape[1] / shape[0] / aspect)), 6), -shape[0] * shape[1], shape))
+def _best_shape(aspect: float, cells: int, longest: float) -> tuple[int, int]:
+    """(rows, columns) of at most `cells` cells, neither side more than `longest` times the other, for a clip of `aspect`.
+
+    The best uses most of the cells and crops least: the product of both shares is largest; of two, what crops less.
+    """
+
+    def shares(shape: tuple[int, int]) -> tuple[float, float, int]:
+        ratio = shape[1] / shape[0] / aspect
+        kept = min(ratio, 1 / ratio)
+        return round(kept * shape[0] * shape[1] / cells, 6), kept, shape[1]
+
+    sides = [(side, cells // side - less) for side in range(1, math.isqrt(math.ceil(cells * longest)) + 1) for less in (0, 1)]
+    shapes = [shape for a, b in sides if b > 0 and max(a, b) <= longest * min(a, b) for shape in ((a, b), (b, a))]
+    return max(shapes, key=shares)
 
 
 def _too_many_tokens(num_frames: int, geometry: Geometry, spec: LatentSpec) -> Problem:

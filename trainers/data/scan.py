@@ -87,7 +87,8 @@ def scan_folder(folder: Path | str, repeats: int = 1, held_out: float = 0.0, see
     """
     root = Path(folder).expanduser().absolute()
     _check_arguments(root, repeats, held_out)
-    found = list(_files(root))
+    closed: list[OSError] = []
+    found = list(_files(root, closed))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         results = []
         for done, result in enumerate(pool.map(lambda path: _read(root, path, repeats), found)):
@@ -96,6 +97,7 @@ def scan_folder(folder: Path | str, repeats: int = 1, held_out: float = 0.0, see
                 progress(done + 1, len(found), "reading headers")
     clips = [result for result in results if isinstance(result, Clip)]
     rejected = [result for result in results if isinstance(result, Rejected)]
+    rejected += [_unread(root, Path(error.filename), error) for error in closed]
     if not clips:
         raise _nothing_to_use(root, rejected)
     return Dataset(tuple(_hold_out(clips, held_out, seed)), tuple([*rejected, *_captions_without_clip(root, found)]))
@@ -113,10 +115,13 @@ def _check_arguments(root: Path, repeats: int, held_out: float) -> None:
         raise DatasetError(problems)
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """Every file below the folder but the hidden ones, in the order of the names; links are followed, loops are not."""
+def _files(root: Path, closed: list[OSError]) -> Iterator[Path]:
+    """Every file below the folder but the hidden ones, in the order of the names; links are followed, loops are not.
+
+    Folders that cannot be read end up in `closed`.
+    """
     seen: set[str] = set()
-    for place, folders, names in os.walk(root, followlinks=True):
+    for place, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
@@ -137,7 +142,12 @@ def _read(root: Path, path: Path, repeats: int) -> Clip | Rejected | None:
     except DatasetError as error:
         return Rejected(shown(name), error.problems[0])
     except OSError as error:
-        return Rejected(shown(name), Problem(f"it cannot be read ({error.strerror})", "files must be readable", "Check the file."))
+        return _unread(root, path, error)
+
+
+def _unread(root: Path, path: Path, error: OSError) -> Rejected:
+    problem = Problem(f"it cannot be read ({error.strerror})", "files and folders must be readable", "Check its permissions.")
+    return Rejected(shown(path.relative_to(root).as_posix()), problem)
 
 
 def _check_file(path: Path, name: str) -> None:

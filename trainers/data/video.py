@@ -42,6 +42,9 @@ _EARLY = 0.45
 _REORDERED_FRAMES = 4
 """The last packet of a stream may be shown this many frames before its end (B-frames)."""
 
+_LONGER_SOUND_SECONDS = 1.0
+"""Where only the whole file's duration is known, the sound may be this much longer than the video."""
+
 _TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
 """Display matrices of quarter turns against the clock."""
 
@@ -186,25 +189,29 @@ def _check_more_than_one_frame(container: InputContainer, stream: VideoStream) -
 def _extent(container: InputContainer, stream: VideoStream) -> tuple[float, int]:
     """(duration in seconds, number of frames). Raises DatasetError when the file ends before they do."""
     rate = float(stream.average_rate or 0) or 25.0
-    duration = _stated_duration(container, stream)
-    if duration is None:
-        return _counted_extent(container, stream, rate)
+    video_seconds = _stated_duration(stream)
+    stated = video_seconds or (container.duration or 0) / av.time_base
+    if not stated:  # streamed into the file: every packet is read, none decoded
+        container.seek(0)
+        return _packets_end(container, stream, rate)
     indexed = container.format.name.startswith("mov")
-    missing_seconds = duration - _last_packet_end(container, stream, duration, rate, indexed)
-    if missing_seconds > (_REORDERED_FRAMES if indexed else 1.5) / rate + 0.02:
-        raise _unusable(f"the file is cut short: its end, at {duration:.2f} seconds, is missing", "a clip must be whole", "Copy it again.")
+    end = _last_packet_end(container, stream, stated, rate, indexed)
+    slack = (_REORDERED_FRAMES if indexed else 0.5) / rate + 0.02
+    if end < stated - (slack if video_seconds else max(slack, _LONGER_SOUND_SECONDS)):
+        raise _unusable(f"the file is cut short: its end, at {stated:.2f} seconds, is missing", "a clip must be whole", "Copy it again.")
+    duration = video_seconds or min(stated, end)
     return duration, stream.frames or max(round(duration * rate), 2)
 
 
-def _stated_duration(container: InputContainer, stream: VideoStream) -> float | None:
-    """Seconds of video by the header: the stream's, Matroska's tag, the container's; None when there is none."""
+def _stated_duration(stream: VideoStream) -> float | None:
+    """Seconds of video by the header: the stream's field or Matroska's tag; None when there is neither."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     try:
         hours, minutes, seconds = stream.metadata.get("DURATION", "").split(":")
         return (int(hours) * 60 + int(minutes)) * 60 + float(seconds) or None
     except ValueError:
-        return container.duration / av.time_base if container.duration else None
+        return None
 
 
 def _last_packet_end(container: InputContainer, stream: VideoStream, duration: float, rate: float, indexed: bool) -> float:
@@ -213,13 +220,6 @@ def _last_packet_end(container: InputContainer, stream: VideoStream, duration: f
     start = stream.start_time or 0
     container.seek(start + int(duration / stream.time_base), stream=stream, any_frame=indexed)
     return _packets_end(container, stream, rate)[0]
-
-
-def _counted_extent(container: InputContainer, stream: VideoStream, rate: float) -> tuple[float, int]:
-    """For files that were streamed and so state no duration: every packet is read, none decoded."""
-    container.seek(0)
-    duration, num_frames = _packets_end(container, stream, rate)
-    return duration, num_frames
 
 
 def _packets_end(container: InputContainer, stream: VideoStream, rate: float) -> tuple[float, int]:
@@ -297,6 +297,8 @@ def _square_width(frame: VideoFrame, stream: VideoStream) -> int:
 
 def _pixels(frame: VideoFrame, stream: VideoStream) -> NDArray[np.uint8]:
     """The frame as it is to be shown, frame_HWC."""
+    if frame.is_corrupt:
+        raise _unusable(f"the frame at {frame.time or 0:.2f} seconds is damaged", "every frame must be whole")
     stored_HWC = frame.to_ndarray(format="rgb24", width=_square_width(frame, stream), height=frame.height)
     return orient(np.asarray(stored_HWC, np.uint8), _matrix(frame))
 

@@ -89,7 +89,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from trainers.data.cache import Cache
 cache = Cache(sys.argv[2])
-for index in range(150):
+for index in range(60):
     cache.write_latents(f"{index % 5}k", torch.full((4, 4, 16, 16), float(index % 5)))
 """
 
