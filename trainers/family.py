@@ -93,11 +93,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Detection:
-    """What a file's header says: the variants it may be (the likeliest first) and the transformer's full config."""
+    """What a file's header says: the variants it may be (the likeliest first) and the transformer's full config.
+
+    `notes` are sentences for the user about what the tensors cannot tell.
+    """
 
     family: Family
     variants: tuple[Variant, ...]
     config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def variant(self) -> Variant:
@@ -242,7 +246,7 @@ def detect(checkpoint: Checkpoint, variant_id: str | None = None) -> Detection:
             return detection
         chosen = [variant for variant in detection.variants if variant.id == variant_id]
         if chosen:
-            return Detection(family, tuple(chosen), detection.config)
+            return Detection(family, tuple(chosen), detection.config, detection.notes)
         can_be = ", ".join(variant.id for variant in detection.variants)
         raise CheckpointError(
             Problem(

@@ -1,0 +1,1 @@
+"""Beside the tests of `trainers`: what they share is in `model_files.py`, importable because this file is here."""
