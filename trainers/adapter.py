@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 import torch
 
 
+def float32(value: float) -> float:
+    """The float32 nearest to `value`."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
 @dataclass(frozen=True)
 class LoraPair:
     """The two factors of one Linear's update: weight += (alpha / rank) * up_OR @ down_RI.
@@ -24,7 +29,7 @@ class LoraPair:
     alpha: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", struct.unpack("<f", struct.pack("<f", self.alpha))[0])
+        object.__setattr__(self, "alpha", float32(self.alpha))
 
     @property
     def rank(self) -> int:

@@ -105,6 +105,8 @@ class PreviewSpec(_Spec):
     """Steps between two previews; 0: never."""
     prompts: tuple[str, ...] = ()
     """One video each. They must be encoded together with the data set (`encode --prompt`)."""
+    negative: str | None = None
+    """What guidance steers away from, encoded like the prompts; None: the family's own."""
     width: PositiveInt = 832
     """Pixels."""
     height: PositiveInt = 480
@@ -232,6 +234,11 @@ class Job(_Spec):
         if initial := self.start.initial_lora:
             content["start"]["initial_lora"] = Path(initial).name
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def due(step: int, every_steps: int, last: bool) -> bool:
+    """Whether something that happens every `every_steps` (0: never) happens at `step`; the last step counts too."""
+    return every_steps > 0 and (last or step % every_steps == 0)
 
 
 def parse_job(values: dict[str, Any]) -> Job:

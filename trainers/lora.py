@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter import Adapter, LoraPair
+from .adapter import Adapter, LoraPair, float32
 from .errors import LoraError, Problem
 from .family import Family, LoraTargets
 from .job import LoraSpec
+from .lora_keys import listed
 
 ADAPTER = "default"
 
@@ -46,7 +47,9 @@ def inject(transformer: nn.Module, family: Family, spec: LoraSpec, seed: int, *,
 
     A is uniform in +-1/sqrt(I), B is zero: the output is unchanged. Each A depends on `seed` and its module's name only;
     no global generator is touched. `device` is where the parameters live; None: beside each base weight (CPU for a base
-    on meta). Raises LoraError when no Linear matches or the transformer has a LoRA already.
+    on meta). Cast the transformer before, not after: `.to(dtype)` would cast the masters too.
+
+    Raises LoraError when no Linear matches or the transformer has a LoRA already.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -55,7 +58,7 @@ def inject(transformer: nn.Module, family: Family, spec: LoraSpec, seed: int, *,
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha or spec.rank,
+        lora_alpha=_alpha(spec),
         lora_dropout=spec.dropout,
         target_modules=pattern,
         init_lora_weights=False,
@@ -66,7 +69,7 @@ def inject(transformer: nn.Module, family: Family, spec: LoraSpec, seed: int, *,
 
 def adapter_state(transformer: nn.Module, spec: LoraSpec) -> Adapter:
     """The LoRA of an injected transformer, as float32 copies on the CPU, by diffusers module names."""
-    alpha = float(spec.alpha or spec.rank)
+    alpha = _alpha(spec)
     return Adapter({name: LoraPair(_copy(_factor(layer, "A")), _copy(_factor(layer, "B")), alpha) for name, layer in _layers(transformer)})
 
 
@@ -102,6 +105,10 @@ def without_lora(transformer: nn.Module) -> Iterator[None]:
     finally:
         for layer in was_enabled:
             layer.enable_adapters(True)
+
+
+def _alpha(spec: LoraSpec) -> float:
+    return float32(spec.alpha or spec.rank)
 
 
 def _target_pattern(targets: LoraTargets, which: str) -> str:
@@ -158,10 +165,10 @@ def _differences(layers: dict[str, Any], adapter: Adapter) -> list[Problem]:
     found = []
     if missing := sorted(set(layers) - set(adapter.modules)):
         rule, remedy = "every target of this job must be in it", "Choose the same `lora.targets` as the LoRA was trained with."
-        found.append(Problem(f"the LoRA lacks {_listed(missing)}", rule, remedy))
+        found.append(Problem(f"the LoRA lacks {listed(missing)}", rule, remedy))
     if extra := sorted(set(adapter.modules) - set(layers)):
         rule, remedy = "each of its modules must be a target of this job", "Choose the same `lora.targets` as the LoRA was trained with."
-        found.append(Problem(f"the LoRA also has {_listed(extra)}", rule, remedy))
+        found.append(Problem(f"the LoRA also has {listed(extra)}", rule, remedy))
     for name in sorted(set(layers) & set(adapter.modules)):
         here, there = _shapes(_factor(layers[name], "A"), _factor(layers[name], "B")), adapter.modules[name].shapes
         if here != there:
@@ -172,7 +179,3 @@ def _differences(layers: dict[str, Any], adapter: Adapter) -> list[Problem]:
 
 def _shapes(down: torch.Tensor, up: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(down.shape), tuple(up.shape)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

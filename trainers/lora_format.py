@@ -75,6 +75,9 @@ def write_lora(
     except FileExistsError:
         problem = Problem(f"{path} exists and is another file", "no file is overwritten", "Choose another name or move it away.")
         raise LoraError(str(problem)) from None
+    except OSError as error:
+        problem = Problem(f"{path} cannot be written ({error.strerror})", "the folder must exist and have room", "Choose another folder.")
+        raise LoraError(str(problem)) from None
 
 
 def convert(source: Path, target: Path, form: Form) -> None:

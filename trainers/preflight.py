@@ -28,7 +28,7 @@ def find_problems(job: Job) -> Iterator[Problem]:
     except VideoTrainerError as error:
         yield from _problems("base.transformer", error)
     try:
-        encoded = Encoded.open(Path(job.encoded))
+        encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     except VideoTrainerError as error:
         yield from _problems("encoded", error)
     for attempt in (lambda: pick_device(job), lambda: check_installed(job.optimizer), lambda: _check_start(job)):

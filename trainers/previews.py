@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .data.video_file import write_video
+from .family import Family, Variant
+from .job import PreviewSpec, due
 from .sample import Solver, decode_frames, preview_noise, sample_latents
 
 if TYPE_CHECKING:
     from .training import Training
+
+
+def negative_prompt(spec: PreviewSpec, family: Family, variant: Variant) -> str:
+    """What the previews' guidance steers away from."""
+    return family.sampling(variant).negative if spec.negative is None else spec.negative
 
 
 @dataclass
@@ -26,17 +35,18 @@ class Previews:
     def of(cls, training: Training) -> Previews:
         return cls(training)
 
-    def write(self, step: int) -> None:
-        """Samples every prompt and writes `samples/step-000500-0.mp4`; what is there already stays."""
+    def write_if_due(self, step: int, last: bool = False) -> None:
+        """Samples every prompt into `samples/step-000500-0.mp4` when it is time; what is there already stays."""
         spec, training = self.training.job.previews, self.training
-        if not (spec.every_steps and spec.prompts and training.accelerator.is_main_process):
+        wanted = spec.before_training if step == 0 else due(step, spec.every_steps, last)
+        if not (wanted and spec.every_steps and spec.prompts and training.accelerator.is_main_process):
             return
-        paths = [training.run.folder / "samples" / f"step-{step:06d}-{i}.mp4" for i in range(len(spec.prompts))]
-        paths[0].parent.mkdir(exist_ok=True)
-        for i, (prompt, path) in enumerate(zip(spec.prompts, paths, strict=True)):
-            if not path.exists():
-                self._write_one(path, prompt, spec.seed + i)
-        training.run.event("sample", step=step, files=[path.name for path in paths])
+        paths = [training.run.samples_folder / f"step-{step:06d}-{i}.mp4" for i in range(len(spec.prompts))]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        for i in missing:
+            self._write_one(paths[i], spec.prompts[i], spec.seed + i)
+        if missing:
+            training.run.event("sample", step=step, files=[path.name for path in paths])
 
     def _write_one(self, path: Path, prompt: str, seed: int) -> None:
         training, spec = self.training, self.training.job.previews
@@ -45,14 +55,14 @@ class Previews:
         solver = Solver.of(training.family, training.variant, spec.sampling_steps, spec.shift, spec.cfg)
         noise = preview_noise(seed, latent.shape(spec.num_frames, spec.height, spec.width))[None].to(training.device)
         text = training.encoded.text(training.encoded.prompts[prompt])
-        negative = training.encoded.text(training.encoded.prompts[training.encoded.negative])
+        negative = training.encoded.text(training.encoded.prompts[negative_prompt(spec, training.family, training.variant)])
         was_training = transformer.training
         transformer.eval()
         latents = sample_latents(training.family, training.variant, transformer, noise, [text], negative, solver, training.dtype)
         transformer.train(was_training)
         write_video(path, self._decode(latents), latent.fps)
 
-    def _decode(self, latents_BCFHW: torch.Tensor):  # type: ignore[no-untyped-def]
+    def _decode(self, latents_BCFHW: torch.Tensor) -> npt.NDArray[np.uint8]:
         from .checkpoint import Checkpoint
         from .load import load_vae
 
@@ -62,6 +72,6 @@ class Previews:
             checkpoint = Checkpoint.open(training.job.base.vae, "vae")
             self.vae = load_vae(checkpoint, training.family, torch.device("cpu"), torch.float32)
         vae = self.vae.to(training.device)
-        frames = decode_frames(training.family, vae, latents_BCFHW)[0].numpy()
+        frames: npt.NDArray[np.uint8] = decode_frames(training.family, vae, latents_BCFHW)[0].numpy()
         self.vae.to("cpu")
         return frames

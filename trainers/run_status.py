@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 State = Literal["new", "queued", "training", "paused", "stopped", "failed", "interrupted", "done"]
 Request = Literal["stop", "pause"]
+Outcome = Literal["done", "stopped", "paused"]
+OUTCOMES: Mapping[Request, Outcome] = {"stop": "stopped", "pause": "paused"}
+"""How a worker ends that was asked to: a paused run frees the card, and goes on from its checkpoint."""
 
 _STATE_OF_EVENT: Mapping[str, State] = {
     "queued": "queued",

@@ -6,15 +6,12 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .errors import VideoTrainerError
 from .lock import FileLock, device_lock
 from .offline import go_offline
 from .run import Run
-
-if TYPE_CHECKING:
-    from .trainer import Outcome
+from .run_status import OUTCOMES, Outcome
 
 _POLL_SECONDS = 0.5
 
@@ -72,7 +69,7 @@ def _wait_for(device: FileLock, run: Run, name: str) -> Outcome | None:
     waiting = False
     while True:
         if asked := run.requested():
-            return "stopped" if asked == "stop" else "paused"
+            return OUTCOMES[asked]
         if device.acquire():
             return None
         if not waiting:

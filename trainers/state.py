@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .errors import Problem, ProblemsError, RunError
 from .adapter import Adapter, LoraPair
+from .errors import Problem, ProblemsError, RunError
 from .stable_file import save_file
 
 FORMAT = 1

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 
 from .evaluate import HeldOut
 from .flow import derived_seed
+from .job import due
 from .optimizers import learning_rate_factor, set_learning_rate
 from .predict import batch_loss
 from .previews import Previews
 from .run import Run
+from .run_status import OUTCOMES, Outcome
 from .training import Training, open_training, save_checkpoint
-
-Outcome = Literal["done", "stopped", "paused"]
 
 
 def train(run: Run) -> Outcome:
@@ -25,24 +24,23 @@ def train(run: Run) -> Outcome:
     Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can mend.
     """
     training = open_training(run)
+    run.event("training", step=training.step, total_steps=training.total_steps)
     previews, held_out = Previews.of(training), HeldOut.of(run.job, training.family, training.variant, training.encoded)
-    if training.step == 0 and run.job.previews.before_training:
-        previews.write(step=0)
+    previews.write_if_due(training.step)
     while training.step < training.total_steps:
         if asked := run.requested():
             if training.step:
                 save_checkpoint(training)
-            return {"stop": "stopped", "pause": "paused"}[asked]  # type: ignore[return-value]
+            return OUTCOMES[asked]
         training.step += 1
         metrics = optimize(training)
         last = training.step == training.total_steps
-        if is_due(training.step, run.job.held_out.every_steps, last):
+        if due(training.step, run.job.held_out.every_steps, last):
             metrics |= held_out.loss(training.transformer, training.device, training.dtype)
         report(training, metrics)
-        if is_due(training.step, run.job.checkpoints.every_steps, last):
+        if due(training.step, run.job.checkpoints.every_steps, last):
             save_checkpoint(training)
-        if is_due(training.step, run.job.previews.every_steps, last):
-            previews.write(training.step)
+        previews.write_if_due(training.step, last)
     training.accelerator.end_training()
     return "done"
 
@@ -84,8 +82,3 @@ def report(training: Training, metrics: dict[str, float]) -> None:
     if training.accelerator.is_main_process:
         training.run.metrics(step=training.step, **metrics)
     training.accelerator.log(metrics, step=training.step)
-
-
-def is_due(step: int, every_steps: int, last: bool) -> bool:
-    """Whether something that happens every `every_steps` (0: never) happens at `step`; the last step counts too."""
-    return every_steps > 0 and (last or step % every_steps == 0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .adapter import Adapter
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
@@ -17,7 +18,8 @@ from .family import Family, Variant, detect
 from .job import Job
 from .load import load_transformer
 from .lora import adapter_state, inject, load_adapter_state
-from .lora_format import Adapter, read_lora, write_lora
+from .lora_format import read_lora, write_lora
+from .lora_metadata import lora_metadata
 from .optimizers import build_optimizer
 from .preflight import check
 from .run import Run, find_run
@@ -60,8 +62,7 @@ def open_training(run: Run) -> Training:
     check(job)
     device = pick_device(job)
     precision = pick_precision(job, device)
-    if job.deterministic:
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(job.deterministic)
     accelerator = _accelerator(run, device, precision)
     checkpoint = Checkpoint.open(job.base.transformer)
     detection = detect(checkpoint, job.base.variant)
@@ -71,7 +72,7 @@ def open_training(run: Run) -> Training:
         transformer.enable_gradient_checkpointing()
     transformer.train()
     optimizer = accelerator.prepare_optimizer(build_optimizer(job.optimizer, parameters))
-    encoded = Encoded.open(Path(job.encoded))
+    encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(job, detection.family, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision])
     training = Training(
         run=run,
@@ -122,9 +123,18 @@ def _write_lora(training: Training, adapter: Adapter) -> Path:
 
 
 def _metadata(training: Training) -> dict[str, str]:
-    from .lora_metadata import lora_metadata
-
-    raise NotImplementedError
+    job = training.job
+    return lora_metadata(
+        name=training.run.name,
+        family=training.family,
+        variant=training.variant,
+        base=job.base.transformer,
+        rank=job.lora.rank,
+        alpha=job.lora.alpha,
+        step=training.step,
+        trigger_words=job.trigger_words,
+        job_hash=job.hash(),
+    )
 
 
 def _restore(training: Training) -> None:
@@ -164,7 +174,7 @@ def extended_folder(job: Job) -> Path:
 
 
 def _accelerator(run: Run, device: torch.device, precision: str) -> Accelerator:
-    """accelerate's object for processes, loss scaling and trackers; autocast stays off (the adapter casts by itself)."""
+    """Accelerate's object for processes, loss scaling and trackers; autocast stays off (the adapter casts by itself)."""
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, ProjectConfiguration
 

@@ -21,13 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.trainers.tiny import TinyShape, tiny_job
-from trainers.family import detect
 from trainers.checkpoint import Checkpoint
 from trainers.load import load_transformer
+
+from tests.trainers.tiny import TinyShape, tiny_job
+from trainers.family import detect
 from trainers.run import Run
-from trainers.training import open_training
 from trainers.trainer import optimize, report
+from trainers.training import open_training
 
 
 def bare_loop(job, shape, device, dtype):

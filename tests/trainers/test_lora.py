@@ -177,12 +177,14 @@ def test_dropout_follows_the_global_generator() -> None:
     assert torch.equal(model(x), model(x))
 
 
-def test_a_state_comes_back_bit_for_bit() -> None:
+@pytest.mark.parametrize("alpha", [None, 2.0, 0.1, 3.3])
+def test_a_state_comes_back_bit_for_bit(alpha: float | None) -> None:
     model, other, x = Small(), Small(), torch.randn(3, 8)
+    spec = LoraSpec(rank=4, alpha=alpha)
     other.load_state_dict(model.state_dict())
-    _stir(inject(model, FAMILY, SPEC, seed=0))
-    state = adapter_state(model, SPEC)
-    inject(other, FAMILY, SPEC, seed=1)
+    _stir(inject(model, FAMILY, spec, seed=0))
+    state = adapter_state(model, spec)
+    inject(other, FAMILY, spec, seed=1)
     load_adapter_state(other, state)
     assert torch.equal(model(x), other(x))
 

@@ -345,3 +345,8 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
         convert(path, path, "kohya")
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match=r"nowhere.*cannot be written"):
+        write_lora(tmp_path / "nowhere" / "a.safetensors", _adapter(WAN_NAMES), WAN)

@@ -1,5 +1,6 @@
 """A small Wan with random weights in a native file, random latents in an encoded folder, and a job over both: real files,
-read by the real loading code, in milliseconds."""
+read by the real loading code, in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from trainers.load import native_state
 
 from trainers.data.cache import Cache
 from trainers.data.encoded import Encoded, EncodedItem
 from trainers.family import TextRecord, families
 from trainers.job import Job, parse_job
-from trainers.load import native_state
 from trainers.stable_file import save_file
 
 WAN = families()["wan"]

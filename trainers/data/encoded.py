@@ -1,9 +1,10 @@
 """The folder that `encode` writes and a training job names.
 
     <folder>/encoded.json    what there is to train on: clip windows and prompts, each with its key in the cache
+    <folder>/versions/       each encoded.json there ever was, by its identity
     <folder>/cache/          the tensors, unless another cache was given
 
-`encoded.json` is replaced as a whole; the tensors of earlier contents stay in the cache, so a run that reads them goes on.
+`encoded.json` is replaced as a whole; earlier versions and their tensors stay, so a run that began with one goes on with it.
 """
 
 from __future__ import annotations
@@ -56,10 +57,13 @@ class Encoded:
     cache: Cache = field(compare=False)
 
     @classmethod
-    def open(cls, folder: Path | str) -> Encoded:
-        """What `save` wrote; reads no tensor. Raises DatasetError when there is none, or of another version."""
+    def open(cls, folder: Path | str, identity: str | None = None) -> Encoded:
+        """What `save` wrote last, or the version of an `identity`; reads no tensor.
+
+        Raises DatasetError when there is none, or when another version of this program wrote it.
+        """
         folder = Path(folder).expanduser().absolute()
-        values = _read_json(folder / FILE_NAME)
+        values = _read_json(folder / FILE_NAME if identity is None else _version_path(folder, identity))
         try:
             items = tuple(_item(item) for item in values["items"])
             cache = Cache(folder / values["cache"])
@@ -118,6 +122,10 @@ def _replace(path: Path, text: str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _version_path(folder: Path, identity: str) -> Path:
+    return folder / "versions" / f"{identity}.json"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -78,20 +78,34 @@ def write_before_after(path: Path, before: Sequence[Video], after: Sequence[Vide
     write_video(path, np.tile(np.concatenate([head, frames], axis=1), (loops, 1, 1, 1)), fps=8)
 
 
+ROWS = (
+    (f"moves {CONCEPT}, as asked", "concept", "the new motion"),
+    ("moves left, right, up or down, as asked", "motion", "what the base knew must stay"),
+    ("colour as asked", "colour", ""),
+    ("shape as asked", "shape", ""),
+)
+
+
+def told(result: Result) -> str:
+    """The scores as lines of text."""
+    lines = [f"{'':42}before  after"]
+    for name, key, _ in ROWS:
+        before, after = getattr(result.summary_before, key), getattr(result.summary_after, key)
+        lines.append(f"{name:42}{before:6.0%} {after:6.0%}")
+    return "\n".join(lines)
+
+
 def write_page(path: Path, result: Result) -> None:
     """Writes the HTML page; pictures and videos are inside it, so it can be passed on as one file."""
-    rows = [
-        (f"moves {CONCEPT}, as asked", "concept", "the new motion"),
-        ("moves left, right, up or down, as asked", "motion", "what the base knew must stay"),
-        ("colour as asked", "colour", ""),
-        ("shape as asked", "shape", ""),
-    ]
     table = "".join(
-        f"<tr><td>{name}<small>{note}</small></td>{_cell(getattr(result.summary_before, key))}{_cell(getattr(result.summary_after, key))}</tr>"
-        for name, key, note in rows
+        f"<tr><td>{name}<small>{note}</small></td>"
+        f"{_cell(getattr(result.summary_before, key))}{_cell(getattr(result.summary_after, key))}</tr>"
+        for name, key, note in ROWS
     )
     timings = "".join(f"<tr><td>{html.escape(name)}</td><td>{seconds:.0f} s</td></tr>" for name, seconds in result.timings_seconds.items())
-    files = "".join(f"<li><b>{html.escape(name)}</b>: <code>{html.escape(_shown(file, path))}</code></li>" for name, file in result.files.items())
+    files = "".join(
+        f"<li><b>{html.escape(name)}</b>: <code>{html.escape(_shown(file, path))}</code></li>" for name, file in result.files.items()
+    )
     page = _PAGE.format(
         concept=CONCEPT,
         table=table,
@@ -173,7 +187,8 @@ img, video {{ max-width: 100%; border: 1px solid #e4e4e4; }} code {{ background:
 .columns {{ display: flex; gap: 3rem; flex-wrap: wrap; }}
 </style></head><body>
 <h1>A LoRA learnt a new motion</h1>
-<p class="lead">The tiny base had never seen a shape move {concept}. Here it is before and after training, each video from the same noise.</p>
+<p class="lead">The tiny base had never seen a shape move {concept}.
+Here it is before and after training, each video from the same noise.</p>
 <video src="{video}" autoplay loop muted controls></video>
 <h2>Did it learn, and did it forget?</h2>
 <table><tr><th>share of videos, by a measuring program</th><th>before</th><th>after</th></tr>{table}</table>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,17 @@ from ..checkpoint import Checkpoint
 from ..data.encoded import Encoded
 from ..data.video_file import write_video
 from ..family import detect
+from ..job import LoraSpec
 from ..load import load_transformer, load_vae
 from ..lora import inject, load_adapter_state
 from ..lora_format import read_lora
-from ..job import LoraSpec
 from ..sample import Solver, decode_frames, preview_noise, sample_latents
 from .report import Video
 from .score import Asked, score_clip
-from .world import FPS, NUM_FRAMES, SIDE
+from .world import FPS, NUM_FRAMES, SIDE, read_clip
 
 BATCH = 8
-SAMPLING_STEPS, SHIFT, CFG = 12, 3.0, 3.0
+SAMPLING_STEPS, SHIFT, CFG = 8, 3.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Models:
     encoded: Path
 
 
-def sample_videos(
-    folder: Path, models: Models, captions: Sequence[str], first_seed: int, lora: Path | None = None, progress: Callable[[int, int], None] | None = None
-) -> None:
+def sample_videos(folder: Path, models: Models, captions: Sequence[str], first_seed: int, lora: Path | None = None) -> None:
     """Writes `000.mp4` ... and `asked.json` into `folder`: caption i from the noise of seed `first_seed + i`."""
     checkpoint = Checkpoint.open(models.transformer)
     detection = detect(checkpoint)
@@ -61,16 +59,12 @@ def sample_videos(
         latents = sample_latents(family, variant, transformer, noise, texts, encoded.text(encoded.prompts[""]), solver, torch.float32)
         for i, frames in enumerate(decode_frames(family, vae, latents)):
             write_video(folder / f"{start + i:03d}.mp4", frames.numpy(), FPS, crf=8)
-        if progress:
-            progress(min(start + BATCH, len(captions)), len(captions))
     asked = [{"file": f"{i:03d}.mp4", "caption": caption} for i, caption in enumerate(captions)]
     (folder / "asked.json").write_text(json.dumps(asked, indent=1), encoding="utf-8")
 
 
 def read_videos(folder: Path) -> list[Video]:
     """The videos of a folder with their scores, recomputed from the files."""
-    from .world import read_clip
-
     rows = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
     clips = [(Asked.parse(row["caption"]), folder / row["file"]) for row in rows]
     return [Video(asked, score_clip(path), read_clip(path)) for asked, path in clips]

@@ -48,7 +48,7 @@ def test_accumulation_and_processes_show_the_same_samples():
     for step in range(1, 6):
         micros = [single.step(4 * (step - 1) + i + 1)[0].clips for i in range(4)]
         assert [micro.clips for micro in one.step(step)] == micros
-        assert [micro.first for micro in one.step(step)][0] == 0
+        assert one.step(step)[0].first == 0
         assert len({micro.first for micro in one.step(step)}) == 4
 
 
