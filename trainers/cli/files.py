@@ -7,27 +7,29 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Problem, VideoTrainerError
+from .verbs import add_verb
 
 if TYPE_CHECKING:
     from ..data.buckets import Geometry
     from ..data.scan import Dataset
     from ..family import Family, Variant
+    from .verbs import Verbs
 
 FORMS = ("native", "diffusers", "kohya")
 
 
-def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs to the parser."""
-    parser = _add(verbs, "demo", demo, "train a LoRA on a tiny model that comes with the package, and show what it learnt")
+    parser = add_verb(verbs, "demo", demo, "train a LoRA on a tiny model that comes with the package, and show what it learnt")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="where everything is written (build/demo)")
-    parser = _add(verbs, "inspect", inspect, "say what a model or LoRA file is, from its header")
+    parser = add_verb(verbs, "inspect", inspect, "say what a model or LoRA file is, from its header")
     parser.add_argument("file", type=Path, metavar="FILE", help="a file, a shard index or a folder")
-    parser = _add(verbs, "dataset", dataset, "say what a folder of clips would train on, and what is left out and why")
+    parser = add_verb(verbs, "dataset", dataset, "say what a folder of clips would train on, and what is left out and why")
     _add_data_options(parser)
-    parser = _add(verbs, "encode", encode, "encode clips and captions for training; what is encoded already stays")
+    parser = add_verb(verbs, "encode", encode, "encode clips and captions for training; what is encoded already stays")
     _add_data_options(parser)
     parser.add_argument("--vae", type=Path, metavar="FILE", help="the VAE, if not the one in --base")
     parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="the text encoder's folder, if not the one in --base")
@@ -36,7 +38,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--negative", metavar="TEXT", help="a negative prompt to encode besides the model's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder that a job names as `encoded`")
-    parser = _add(verbs, "convert", convert, "write a LoRA file in another form")
+    parser = add_verb(verbs, "convert", convert, "write a LoRA file in another form")
     parser.add_argument("source", type=Path, metavar="IN")
     parser.add_argument("target", type=Path, metavar="OUT")
     parser.add_argument("--format", choices=FORMS, required=True, help="native: ComfyUI and diffusers; kohya: lora_unet_ names")
@@ -177,9 +179,3 @@ def _model(options: argparse.Namespace, default: bool) -> tuple[Family, Variant]
         )
     family = next(iter(families().values()))
     return family, family.variants[0]
-
-
-def _add(verbs: Any, name: str, function: object, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(verb=function)
-    return parser
