@@ -31,9 +31,7 @@ class Plan:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
 
 
-def descend(
-    parameters: Sequence[torch.nn.Parameter], loss_at: Callable[[int], torch.Tensor], plan: Plan, state: Path
-) -> None:
+def descend(parameters: Sequence[torch.nn.Parameter], loss_at: Callable[[int], torch.Tensor], plan: Plan, state: Path) -> None:
     """Minimise `loss_at(step)`, and leave the averaged weights in `parameters`. Goes on from the file `state`."""
     matrices = [p for p in parameters if p.ndim > 1 and p.shape[0] > 1]
     chosen = {id(p) for p in matrices}

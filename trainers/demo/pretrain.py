@@ -36,9 +36,7 @@ OWN_CLIPS, OWN_CLIPS_SEED = 6000, 5000
 OWN_SHARE = 0.8  # of the transformer's steps, after which it sees latents of the fp16 VAE instead of the codec's
 CROP = 5  # blocks a side, of 8
 DROPOUT = 0.1  # of captions
-CAPTIONS = [
-    f"a {colour} {shape} moving {motion}" for colour in sorted(COLOURS) for shape in SHAPES for motion in MOTIONS
-]
+CAPTIONS = [f"a {colour} {shape} moving {motion}" for colour in sorted(COLOURS) for shape in SHAPES for motion in MOTIONS]
 CONCEPT_CAPTIONS = [f"a {colour} {shape} moving {CONCEPT}" for colour in COLOURS for shape in SHAPES]
 
 VAE_PLANS = {
@@ -188,9 +186,7 @@ def evaluate(assets: Path, prompts: int, picture: Path | None) -> None:
     clips = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
     back = decode_clips(vae, encode_clips(vae, as_floats(clips)))
     error = (back - as_floats(clips)).square().mean().item()
-    kept = [
-        (Asked.parse(caption(scene)), score_clip(frames)) for scene, frames in zip(scenes, as_frames(back), strict=True)
-    ]
+    kept = [(Asked.parse(caption(scene)), score_clip(frames)) for scene, frames in zip(scenes, as_frames(back), strict=True)]
     print(json.dumps({"vae": asdict(summarise(kept)), "psnr_db": round(10 * np.log10(4 / error), 2)}))
     pictures, scored = sample_scored(assets, vae, prompts)
     print(json.dumps({"transformer": asdict(summarise(scored))}))

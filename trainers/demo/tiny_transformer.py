@@ -130,15 +130,13 @@ class TextConditioned:
         for processor in self._processors:
             processor.bias = bias
         text = self.table.rows[captions_B]
-        output: torch.Tensor = self._forward(
-            hidden_states=x_BCfhw, timestep=1000 * sigma_B, encoder_hidden_states=text, return_dict=False
-        )[0]
+        output: torch.Tensor = self._forward(hidden_states=x_BCfhw, timestep=1000 * sigma_B, encoder_hidden_states=text, return_dict=False)[
+            0
+        ]
         return output
 
     @torch.no_grad()
-    def sample(
-        self, captions_B: torch.Tensor, seed: int, steps: int = 18, cfg: float = 3.0, shift: float = 3.0
-    ) -> torch.Tensor:
+    def sample(self, captions_B: torch.Tensor, seed: int, steps: int = 18, cfg: float = 3.0, shift: float = 3.0) -> torch.Tensor:
         """Clean latents (B, 16, 3, 8, 8) for the small world's clips, by Euler's method with guidance."""
         latents = torch.randn(len(captions_B), 16, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
         even = torch.linspace(1, 0, steps + 1)

@@ -111,18 +111,14 @@ def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     return means
 
 
-def decoder_loss(
-    vae: AutoencoderKLWan, clips: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor
-) -> torch.Tensor:
+def decoder_loss(vae: AutoencoderKLWan, clips: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """L1 + 2 MSE, and 2 L1 + 6 MSE of the chroma: without this term small decoders stay grey."""
     error = decode(vae, latents + LATENT_NOISE * noise) - clips
     chroma = error - error.mean(1, keepdim=True)
     return error.abs().mean() + 2 * error.square().mean() + 2 * chroma.abs().mean() + 6 * chroma.square().mean()
 
 
-def encoder_loss(
-    vae: AutoencoderKLWan, clips: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor
-) -> torch.Tensor:
+def encoder_loss(vae: AutoencoderKLWan, clips: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """MSE + 0.3 L1 of the latents."""
     error = encode(vae, clips) - latents
     return error.square().mean() + 0.3 * error.abs().mean()
