@@ -1,0 +1,115 @@
+"""The arithmetic between the forms of a LoRA, none of which may lose a bit.
+
+Folding takes the scale alpha / rank into B; fusing makes one pair for the stacked tensor of a native model out of its
+members' pairs. Both have an inverse that is checked by going forward again: what is read back writes the same bytes.
+
+Legend: R rank, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+
+from .adapter import LoraPair
+from .keytable import Place
+
+_ULPS_SEARCHED = 2
+
+
+def fold(pair: LoraPair) -> LoraPair:
+    """The same update with scale 1. B keeps its dtype if the product is exact in it, else it is float32."""
+    if pair.scale == 1.0:
+        return pair
+    product = pair.up_OR.float() * pair.scale
+    narrow = product.to(pair.up_OR.dtype)
+    return LoraPair(pair.down_RI, narrow if torch.equal(narrow.float(), product) else product, pair.rank)
+
+
+def unfold(pair: LoraPair, alpha: float, dtype: torch.dtype) -> LoraPair:
+    """A pair with `alpha` and B in `dtype` that folds to exactly the bits of `pair` (whose scale is 1).
+
+    Scales that are powers of two divide exactly. For any other, several float32 B can fold to the same bits, or none: one
+    within a unit or two in the last place of the quotient is taken, or `pair` itself is returned if there is none.
+    """
+    guess = LoraPair(pair.down_RI, (pair.up_OR.float() / (alpha / pair.rank)).to(dtype), alpha)
+    if dtype == torch.float32:
+        guess = LoraPair(pair.down_RI, _preimage(guess.up_OR, pair.up_OR.float(), guess.scale), alpha)
+    return guess if _same_bits(fold(guess).up_OR, pair.up_OR) else pair
+
+
+def fuse(members: Sequence[LoraPair | None], places: Sequence[Place]) -> LoraPair:
+    """One pair for a native tensor from those of its members (None: not adapted), each at its place in the output rows.
+
+    Members whose A are equal bit for bit share it; else the A are stacked and B is block-diagonal. Members of unequal
+    scale are folded first.
+    """
+    known = [member for member in members if member is not None]
+    if len({member.scale for member in known}) > 1:
+        return fuse([member and fold(member) for member in members], places)
+    if len(places) == 1:
+        return _swapped(known[0], places[0])
+    shared = all(_same_bits(member.down_RI, known[0].down_RI) for member in known)
+    down_RI = known[0].down_RI if shared else torch.cat([member.down_RI for member in known])
+    dtype = reduce(torch.promote_types, (member.up_OR.dtype for member in known))
+    up_OR = torch.zeros(_native_rows(members, places), down_RI.shape[0], dtype=dtype)
+    column = 0
+    for member, place in zip(members, places, strict=True):
+        if member is not None:
+            up_OR[place.rows(up_OR.shape[0]), column : column + member.rank] = member.up_OR
+            column += 0 if shared else member.rank
+    return LoraPair(down_RI, up_OR, known[0].scale * down_RI.shape[0])
+
+
+def split(pair: LoraPair, places: Sequence[Place]) -> dict[str, LoraPair]:
+    """The members' pairs, by name, of a native tensor's: the inverse of `fuse`, and always the same update.
+
+    Equal blocks on the diagonal are taken apart; anything else becomes members that share the whole A.
+    """
+    if len(places) == 1:
+        return {places[0].name: _swapped(pair, places[0])}
+    adapted = [place for place in places if bool(pair.up_OR[place.rows(pair.up_OR.shape[0])].any())]
+    for present in (list(places), adapted):
+        if present and pair.rank % len(present) == 0:
+            found = _diagonal(pair, present)
+            if _same_bits(fuse([found.get(place.name) for place in places], places).up_OR, pair.up_OR):
+                return found
+    return {place.name: LoraPair(pair.down_RI, pair.up_OR[place.rows(pair.up_OR.shape[0])], pair.alpha) for place in places}
+
+
+def _preimage(near: torch.Tensor, folded: torch.Tensor, scale: float) -> torch.Tensor:
+    """`near`, moved by at most two units in the last place wherever that makes it fold to `folded`."""
+    found = near
+    for direction in (math.inf, -math.inf):
+        moved = near
+        for _ in range(_ULPS_SEARCHED):
+            moved = torch.nextafter(moved, torch.tensor(direction))
+            found = torch.where((found * scale != folded) & (moved * scale == folded), moved, found)
+    return found
+
+
+def _diagonal(pair: LoraPair, present: Sequence[Place]) -> dict[str, LoraPair]:
+    """Equal blocks along the diagonal of B, each with its rows of A."""
+    rank, length = pair.rank // len(present), pair.up_OR.shape[0]
+    columns = [slice(i * rank, (i + 1) * rank) for i in range(len(present))]
+    return {
+        place.name: LoraPair(pair.down_RI[block], pair.up_OR[place.rows(length), block].contiguous(), pair.scale * rank)
+        for place, block in zip(present, columns, strict=True)
+    }
+
+
+def _swapped(pair: LoraPair, place: Place) -> LoraPair:
+    return LoraPair(pair.down_RI, torch.cat(pair.up_OR.chunk(2)[::-1]), pair.alpha) if place.swap else pair
+
+
+def _native_rows(members: Sequence[LoraPair | None], places: Sequence[Place]) -> int:
+    rows = {m.up_OR.shape[0] * p.total // (p.stop - p.start) for m, p in zip(members, places, strict=True) if m is not None}
+    assert len(rows) == 1, f"members of {places[0].name} disagree about the rows of the whole: {sorted(rows)}"
+    return rows.pop()
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right)

@@ -1,0 +1,239 @@
+"""LoRA files: read every common form, write three, and go between them without losing a bit.
+
+`native` (ComfyUI and diffusers load the same file) and `diffusers` have the scale alpha / rank folded into B and carry no
+alpha; `kohya` keeps B as trained beside its alpha. The metadata remember what folding hid, so that
+
+    native -> form -> native      is the same file, byte for byte, if this program wrote the first
+    form -> native -> form        has the same A, alpha and alpha / rank * B, bit for bit, and the same B too when the
+                                  scale is a power of two or B is stored in 16 bits; for a float32 B and another scale
+                                  (e.g. alpha 24, rank 32) some elements of B differ in their last place
+
+A file is never changed in place: writing over a file with other bytes is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapter import Adapter, LoraPair
+from .errors import LoraError, Problem
+from .family import Family
+from .lora_fold import fold, fuse, split, unfold
+from .lora_keys import Form, Part, Spelled, diffusers_key, family_of_lora, kohya_key, native_key, parse
+from .stable_file import save_file
+
+__all__ = ["Adapter", "Form", "LoraHeader", "LoraPair", "convert", "read_header", "read_lora", "write_lora"]
+
+UNFOLD_KEY = "video_trainer.unfold"
+"""What folding hid: {"alpha": number or {module: number}, "dtype": of B, if folding had to widen it}."""
+PEFT_KEY = "lora_adapter_metadata"
+"""diffusers' header entry with the LoraConfig, its fields prefixed by "transformer."."""
+_OURS_TO_MAKE = {"format", UNFOLD_KEY, PEFT_KEY}
+_NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_lora(path: Path, family: Family | None = None) -> Adapter:
+    """The LoRA in a safetensors file of any form; B as it was trained, where the file tells.
+
+    Raises LoraError when the file cannot be read, holds anything that is not a LoRA pair, or is a LoRA of another family
+    than `family` (None: of any that is known).
+    """
+    return _read_lora(path, family)[1]
+
+
+def write_lora(
+    path: Path,
+    adapter: Adapter,
+    family: Family,
+    form: Form = "native",
+    metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a LoRA in one of the forms; equal adapters and metadata are equal bytes.
+
+    `metadata` is added to the adapter's own. Raises LoraError when `path` holds something else (unless `overwrite`), and
+    KeyTableError when the family has no such module.
+    """
+    modules = dict(adapter.modules)
+    record = {}
+    if form != "kohya":
+        record = _recorded(modules)
+        modules = {name: fold(pair) for name, pair in modules.items()}
+    spelled = modules if form == "diffusers" else _native_pairs(modules, family)
+    try:
+        save_file(_tensors(spelled, form), path, {**adapter.metadata, **(metadata or {}), "format": "pt", **record}, overwrite=overwrite)
+    except FileExistsError:
+        problem = Problem(f"{path} exists and is another file", "no file is overwritten", "Choose another name or move it away.")
+        raise LoraError(str(problem)) from None
+    except OSError as error:
+        problem = Problem(f"{path} cannot be written ({error.strerror})", "the folder must exist and have room", "Choose another folder.")
+        raise LoraError(str(problem)) from None
+
+
+def convert(source: Path, target: Path, form: Form) -> None:
+    """Write the LoRA file `source` again as `target`, in another form. Raises LoraError as reading and writing do."""
+    family, adapter = _read_lora(source, None)
+    write_lora(target, adapter, family, form)
+
+
+def _read_lora(path: Path, family: Family | None) -> tuple[Family, Adapter]:
+    tensors, metadata = _read(path)
+    spelled = parse(tensors, path.name)
+    family, members = family_of_lora(spelled, family, path.name)
+    modules: dict[str, LoraPair] = {}
+    check_shapes(spelled, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, path.name)
+    for module, pair in _pairs(spelled, tensors).items():
+        modules.update(split(pair, members[module]))
+    if spelled.form != "kohya":
+        modules = _as_trained(modules, metadata, path)
+    return family, Adapter(modules, {key: value for key, value in metadata.items() if key not in _OURS_TO_MAKE})
+
+
+@dataclass(frozen=True)
+class LoraHeader:
+    """What a LoRA file holds, without its factors: {key: shape}, {alpha key: value}, and the metadata."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    alphas: Mapping[str, float]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> LoraHeader:
+    """The header of a LoRA file and its alphas. Raises LoraError when the file cannot be read."""
+    with _opened(path) as file:
+        keys = list(file.keys())
+        alphas = {key: float(file.get_tensor(key)) for key in keys if key.endswith(".alpha")}
+        return LoraHeader({key: tuple(file.get_slice(key).get_shape()) for key in keys}, alphas, file.metadata() or {})
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with _opened(path) as file:
+        keys = list(file.keys())
+        return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        problem = Problem(
+            f"{path} cannot be read ({error})", "a LoRA is a safetensors file", "Check the path and that the file is complete."
+        )
+        raise LoraError(str(problem)) from None
+
+
+def check_shapes(spelled: Spelled, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise LoraError for factors that do not fit each other."""
+    for module, keys in spelled.modules.items():
+        down, up = shapes[keys["down"]], shapes[keys["up"]]
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            value = f"{where}: {module} has A {down} and B {up}"
+            raise LoraError(str(Problem(value, "A must be rank x in and B out x rank", "Use a LoRA of Linear layers.")))
+
+
+def _pairs(spelled: Spelled, tensors: Mapping[str, torch.Tensor]) -> dict[str, LoraPair]:
+    """The pairs by module as spelt; alpha = rank where there is none."""
+    found = {}
+    for module, keys in spelled.modules.items():
+        down_RI, up_OR = tensors[keys["down"]], tensors[keys["up"]]
+        alpha = tensors[keys["alpha"]].item() if "alpha" in keys else down_RI.shape[0]
+        found[module] = LoraPair(down_RI, up_OR, float(alpha))
+    return found
+
+
+def _as_trained(modules: dict[str, LoraPair], metadata: Mapping[str, str], path: Path) -> dict[str, LoraPair]:
+    """Give back what the file's metadata say: our record of folding, or peft's alpha, which the file left out."""
+    if UNFOLD_KEY in metadata:
+        record = unfold_record(metadata, path)
+        return {name: _unfolded(name, pair, record) for name, pair in modules.items()}
+    config = _peft_config(metadata, path)
+    return {name: LoraPair(pair.down_RI, pair.up_OR, _peft_alpha(config, name, pair)) for name, pair in modules.items()}
+
+
+def _unfolded(name: str, pair: LoraPair, record: Mapping[str, Any]) -> LoraPair:
+    alpha = record.get("alpha", pair.rank)
+    alpha = alpha.get(name, pair.rank) if isinstance(alpha, dict) else alpha
+    return unfold(pair, alpha, _NARROW.get(record.get("dtype", ""), pair.up_OR.dtype)) if pair.scale == 1.0 else pair
+
+
+def unfold_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """What folding hid, by the file's metadata; empty if nothing. Raises LoraError when the record is damaged."""
+    record = json_object(metadata.get(UNFOLD_KEY, "{}"), UNFOLD_KEY, path)
+    alpha = record.get("alpha", {})
+    if not all(isinstance(value, float) and value > 0 for value in (alpha.values() if isinstance(alpha, dict) else [alpha])):
+        problem = Problem(f"{path.name}: {UNFOLD_KEY} has alpha {alpha}", "alphas are positive numbers", "Use an undamaged file.")
+        raise LoraError(str(problem))
+    return record
+
+
+def json_object(text: str, key: str, path: Path) -> dict[str, Any]:
+    """A JSON object of a file's metadata. Raises LoraError naming `key` when it is none."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        problem = Problem(f"{path.name}: {key} is {text[:40]!r}", "it must be a JSON object", "Use an undamaged file.")
+        raise LoraError(str(problem)) from None
+
+
+def _peft_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Peft's LoraConfig, from diffusers' header entry or from the adapter_config.json that peft writes beside the file."""
+    beside = path.with_name("adapter_config.json")
+    if PEFT_KEY in metadata:
+        config = json_object(metadata[PEFT_KEY], PEFT_KEY, path)
+        return {key.removeprefix("transformer."): value for key, value in config.items()}
+    if path.name.startswith("adapter_model") and beside.exists():
+        return json_object(beside.read_text("utf-8"), beside.name, path)
+    return {}
+
+
+def _peft_alpha(config: Mapping[str, Any], name: str, pair: LoraPair) -> float:
+    """Alpha of a module as peft would have it: by pattern, and divided by sqrt(rank) under rank-stabilised LoRA."""
+    patterns = config.get("alpha_pattern") or {}
+    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+    alpha = next(matching, config.get("lora_alpha", pair.alpha))
+    return float(alpha * math.sqrt(pair.rank)) if config.get("use_rslora") else float(alpha)
+
+
+def _recorded(modules: Mapping[str, LoraPair]) -> dict[str, str]:
+    """The metadata that let `unfold` go back; none where folding changes nothing."""
+    if all(pair.scale == 1.0 for pair in modules.values()):
+        return {}
+    alphas = {name: pair.alpha for name, pair in modules.items()}
+    record: dict[str, Any] = {"alpha": alphas if len(set(alphas.values())) > 1 else next(iter(alphas.values()))}
+    dtypes = {pair.up_OR.dtype for pair in modules.values()}
+    for name, dtype in _NARROW.items():
+        if dtypes == {dtype}:
+            record["dtype"] = name
+    return {UNFOLD_KEY: json.dumps(record, sort_keys=True)}
+
+
+def _native_pairs(modules: Mapping[str, LoraPair], family: Family) -> dict[str, LoraPair]:
+    """The pairs by native module, members of one native tensor fused."""
+    natives = dict.fromkeys(family.keys.to_native(name).name for name in modules)
+    found = {}
+    for native in natives:
+        members = family.keys.to_diffusers(native)
+        found[native] = fuse([modules.get(member.name) for member in members], members)
+    return found
+
+
+def _tensors(modules: Mapping[str, LoraPair], form: Form) -> dict[str, torch.Tensor]:
+    spell = {"native": native_key, "diffusers": diffusers_key, "kohya": kohya_key}[form]
+    parts: dict[Part, Any] = {"down": lambda pair: pair.down_RI, "up": lambda pair: pair.up_OR}
+    if form == "kohya":
+        parts["alpha"] = lambda pair: torch.tensor(pair.alpha)
+    return {spell(name, part): take(pair) for name, pair in modules.items() for part, take in parts.items()}
