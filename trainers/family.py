@@ -206,9 +206,8 @@ class Family(Protocol):
     def required(self, variant: Variant, conditions: Sequence[str]) -> frozenset[str]:
         """What the cache must hold for each clip window: "latents" and, by variant, more."""
 
-    def prepare(
-        self, variant: Variant, clean_BCFHW: torch.Tensor, noise_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions
-    ) -> ModelInput: ...
+    def prepare(self, variant: Variant, noisy_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions) -> ModelInput:
+        """What the transformer gets for latents at noise level `sigma_B`: the same in training and in sampling."""
 
     def predict(self, transformer: torch.nn.Module, inputs: ModelInput, text: TextBatch) -> torch.Tensor:
         """The velocity (noise - clean), (B, C, F, H, W)."""

@@ -12,11 +12,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import JobError, Problem
 
 SCHEMA_VERSION = 1
+
+_WINDOWS_DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))})
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -103,6 +105,8 @@ class PreviewSpec(_Spec):
     """Steps between two previews; 0: never."""
     prompts: tuple[str, ...] = ()
     """One video each. They must be encoded together with the data set (`encode --prompt`)."""
+    negative: str | None = None
+    """What guidance steers away from, encoded like the prompts; None: the family's own."""
     width: PositiveInt = 832
     """Pixels."""
     height: PositiveInt = 480
@@ -155,6 +159,8 @@ class Job(_Spec):
     base: BaseSpec
     encoded: str
     """Folder that `encode` wrote."""
+    encoded_identity: str | None = None
+    """Identity of the encoded data, filled in when the job is handed over: a run never goes on over other data."""
     runs_folder: str = "output/runs"
     """Where the run's folder is made."""
     loras_folder: str = "output/loras"
@@ -199,14 +205,40 @@ class Job(_Spec):
             raise ValueError("give either steps or epochs; exactly one of them says how long to train")
         return self
 
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_file_everywhere(cls, name: str) -> str:
+        if name.endswith(".") or name.split(".")[0].upper() in _WINDOWS_DEVICES:
+            raise ValueError(f"name is {name!r}; Windows cannot have a folder of that name")
+        return name
+
+    def with_absolute_paths(self, folder: Path) -> Job:
+        """The same job with every relative path starting at `folder`."""
+
+        def absolute(path: str | None) -> str | None:
+            return None if path is None else str(folder / Path(path).expanduser())
+
+        base = self.base.model_copy(update={"transformer": absolute(self.base.transformer), "vae": absolute(self.base.vae)})
+        start = self.start.model_copy(update={"initial_lora": absolute(self.start.initial_lora)})
+        paths = {field: absolute(getattr(self, field)) for field in ("encoded", "runs_folder", "loras_folder")}
+        return self.model_copy(update={"base": base, "start": start, **paths})
+
     def canonical_json(self) -> str:
         """The job as sorted JSON: equal strings are equal jobs."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
     def hash(self) -> str:
-        """Hash of what is trained: paths of the output and the run's name do not count."""
-        content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder"})
+        """Hash of what is trained: folders, the run's name and where the output goes do not count."""
+        content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder", "encoded"})
+        content["base"] = {field: Path(value).name if value else None for field, value in content["base"].items()}
+        if initial := self.start.initial_lora:
+            content["start"]["initial_lora"] = Path(initial).name
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def due(step: int, every_steps: int, last: bool) -> bool:
+    """Whether something that happens every `every_steps` (0: never) happens at `step`; the last step counts too."""
+    return every_steps > 0 and (last or step % every_steps == 0)
 
 
 def parse_job(values: dict[str, Any]) -> Job:
@@ -231,17 +263,7 @@ def read_job(path: Path) -> Job:
         ) from None
     if not isinstance(values, dict):
         raise JobError(Problem(f"{path} holds a {type(values).__name__}", "a job is an object of fields", "See the README for an example."))
-    return _with_absolute_paths(parse_job(values), path.resolve().parent)
-
-
-def _with_absolute_paths(job: Job, folder: Path) -> Job:
-    def absolute(path: str | None) -> str | None:
-        return None if path is None else str(folder / Path(path).expanduser())
-
-    base = job.base.model_copy(update={"transformer": absolute(job.base.transformer), "vae": absolute(job.base.vae)})
-    start = job.start.model_copy(update={"initial_lora": absolute(job.start.initial_lora)})
-    paths = {field: absolute(getattr(job, field)) for field in ("encoded", "runs_folder", "loras_folder")}
-    return job.model_copy(update={"base": base, "start": start, **paths})
+    return parse_job(values).with_absolute_paths(path.resolve().parent)
 
 
 def _problem(details: Any) -> Problem:
@@ -253,5 +275,5 @@ def _problem(details: Any) -> Problem:
     if details["type"] == "missing":
         return Problem(f"{field} is missing", "a job must have it", "Add it.")
     if details["type"] == "value_error":
-        return Problem(message.split("; ")[0], message.split("; ")[-1], "Change one of them.")
+        return Problem(message.split("; ")[0], message.split("; ")[-1], "Change it." if details["loc"] else "Change one of them.")
     return Problem(f"{field} is {details['input']!r}", message[0].lower() + message[1:], "Change it.")

@@ -291,13 +291,9 @@ class Wan:
     def required(self, variant: Variant, conditions: Sequence[str]) -> frozenset[str]:
         return frozenset({"latents"})
 
-    def prepare(
-        self, variant: Variant, clean_BCFHW: torch.Tensor, noise_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions
-    ) -> ModelInput:
-        """See Family. Noisy latents in the dtype of `clean_BCFHW`; times float32, one for each sample."""
-        sigma = sigma_B.view(-1, 1, 1, 1, 1).to(clean_BCFHW.dtype)
-        noisy = (1 - sigma) * clean_BCFHW + sigma * noise_BCFHW
-        return ModelInput(noisy, timesteps=TIME_SCALE * sigma_B.float())
+    def prepare(self, variant: Variant, noisy_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions) -> ModelInput:
+        """See Family. The latents as they are; times float32, one for each sample."""
+        return ModelInput(noisy_BCFHW, timesteps=TIME_SCALE * sigma_B.float())
 
     def predict(self, transformer: torch.nn.Module, inputs: ModelInput, text: TextBatch) -> torch.Tensor:
         """See Family. Computes in the text's dtype; the velocity is float32, so that the loss is."""

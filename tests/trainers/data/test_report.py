@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from trainers.data.buckets import Geometry, plan_windows
+from trainers.data.report import report
+from trainers.data.scan import Clip, Dataset, Rejected
+from trainers.data.video import VideoInfo
+from trainers.errors import Problem
+from trainers.family import LatentSpec
+
+SPEC = LatentSpec(16, 4, 8, 16, 16.0, (0.0,) * 16, (1.0,) * 16)
+
+
+def test_the_report_tells_clips_buckets_captions_and_reasons():
+    clips = (
+        Clip("/a\nb.mp4", "a\nb.mp4", "one two three", VideoInfo("video", 48, 24.0, 1280, 720, 2.0), repeats=3),
+        Clip("/small.mp4", "small.mp4", "one", VideoInfo("video", 120, 30.0, 320, 180, 4.0)),
+        Clip("/held.mp4", "held.mp4", "one", VideoInfo("video", 120, 30.0, 1280, 720, 4.0), held_out=True),
+        Clip("/still.png", "still.png", "one two", VideoInfo("image", 1, 0.0, 640, 640, 0.0)),
+        Clip("/short.mp4", "short.mp4", "one", VideoInfo("video", 2, 24.0, 640, 480, 0.1)),
+    )
+    dataset = Dataset(clips, (Rejected("bad.mp4", Problem("it is bad", "it must be good", "Mend it.")),))
+    text = report(dataset, plan_windows(dataset, Geometry(416, 240, 17), SPEC))
+    assert "4 videos (10.1 seconds), 1 images" in text
+    assert "4 windows, 1 of them held out; 5 samples per epoch" in text
+    assert "a\\nb.mp4" in text
+    lines = text.splitlines()
+    assert any(line.split() == ["416x240", "17", "16", "3", "1"] for line in lines)
+    assert any(line.split() == ["304x304", "1", "16", "1"] for line in lines)
+    assert "captions: 3 different, 1 to 3 words, half of them at least 1" in text
+    assert "2 files are not used:" in text
+    assert "  bad.mp4: it is bad; it must be good. Mend it." in text
+    assert any(line.startswith("  short.mp4: 0.10 seconds are 2 frames") for line in lines)
+
+
+def test_a_long_list_of_clips_is_cut_and_says_so():
+    info = VideoInfo("video", 48, 24.0, 1280, 720, 2.0)
+    dataset = Dataset(tuple(Clip(f"/{index}.mp4", f"{index}.mp4", "a", info) for index in range(60)))
+    text = report(dataset, plan_windows(dataset, Geometry(416, 240, 17), SPEC))
+    assert "... and 10 more" in text
+    assert "49.mp4" in text
+    assert "50.mp4" not in text

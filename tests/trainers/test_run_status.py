@@ -1,0 +1,70 @@
+"""What a run says it is doing, from each thing that can have happened to it."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainers.job import parse_job
+from trainers.run import Run
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    values = {"name": "cat", "base": {"transformer": "x"}, "encoded": "e", "steps": 100, "runs_folder": str(tmp_path)}
+    return Run.create(parse_job(values))
+
+
+def test_a_new_run(run):
+    status = run.status()
+    assert (status.state, status.live, status.ended, status.step, status.total_steps) == ("new", False, False, 0, 100)
+    assert status.loss is status.seconds_per_step is status.eta_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("events", "live", "dead"),
+    [
+        (["queued"], "queued", "interrupted"),
+        (["queued", "training"], "training", "interrupted"),
+        (["queued", "training", "checkpoint", "sample"], "training", "interrupted"),
+        (["training", "paused"], "paused", "paused"),
+        (["training", "paused", "resumed"], "training", "interrupted"),
+        (["training", "stopped"], "stopped", "stopped"),
+        (["training", "failed"], "failed", "failed"),
+        (["training", "failed", "queued", "resumed", "done"], "done", "done"),
+    ],
+)
+def test_a_run_without_a_worker_was_interrupted_unless_it_said_it_ended(run, events, live, dead):
+    for event in events:
+        run.event(event)
+    assert run.status().state == dead
+    assert run.status().ended
+    with run.lock():
+        assert run.status().state == live
+        assert not run.status().ended
+
+
+def test_progress_comes_from_the_last_lines(run):
+    run.event("training", total_steps=80)
+    for step in range(1, 41):
+        run.metrics(step=step, loss=1.0 if step <= 20 else 0.5, seconds=2.0)
+    status = run.status()
+    assert (status.step, status.total_steps, status.loss, status.seconds_per_step) == (40, 80, 0.5, 2.0)
+    assert status.eta_seconds == 80.0
+
+
+def test_a_resumed_run_is_where_it_writes_not_where_it_was(run):
+    for step in (1, 2, 3, 4, 2):
+        run.metrics(step=step, loss=0.5, seconds=1.0)
+    assert run.status().step == 2
+
+
+def test_a_loss_that_is_no_number_is_left_out(run):
+    run.metrics(step=1, loss=float("nan"), seconds=1.0)
+    run.metrics(step=2, loss=0.5, seconds=1.0)
+    assert run.status().loss == 0.5
+
+
+def test_the_error_of_a_failed_run_is_its_message(run):
+    run.event("training")
+    run.event("failed", message="num_frames is 80; Wan needs 4n+1. Use 77 or 81.")
+    assert run.status().message.startswith("num_frames is 80")

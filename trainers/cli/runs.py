@@ -1,0 +1,156 @@
+"""Verbs about runs: plan, train, status, pause, resume, stop."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import RunError
+from ..launch import last_log_lines, launch
+from ..run import Run, attach_or_create, find_run, list_runs, run_of
+from .follow import follow, one_line
+from .verbs import add_verb
+
+if TYPE_CHECKING:
+    from ..job import Job
+    from .verbs import Verbs
+
+RUNS_FOLDER = "output/runs"
+_SHOWN_EVENTS = 8
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add this module's verbs to the parser."""
+    add_verb(verbs, "plan", plan, "check a job and say what it would train").add_argument("job", type=Path, metavar="JOB")
+    parser = add_verb(verbs, "train", train, "train a job in the background and follow it; the same job again attaches or resumes")
+    parser.add_argument("job", type=Path, metavar="JOB", help="a .json or .toml file")
+    parser.add_argument("--resume", action="store_true", help="only go on with a run that exists")
+    parser.add_argument("--detach", action="store_true", help="return at once")
+    for name, function, text in (
+        ("status", status, "say how a run is going; without RUN list all"),
+        ("pause", pause, "pause a run after its current step"),
+        ("resume", resume, "go on with a paused, stopped, failed or interrupted run, in the background"),
+        ("stop", stop, "stop a run after its current step; `resume` goes on from there"),
+    ):
+        parser = add_verb(verbs, name, function, text)
+        parser.add_argument("run", metavar="RUN", nargs="?" if name == "status" else None, help="a run's name or folder")
+        parser.add_argument("--runs", type=Path, default=Path(RUNS_FOLDER), metavar="DIR", help=f"where the runs are ({RUNS_FOLDER})")
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print what a job would train; all its problems at once when it cannot."""
+    from ..job import read_job
+    from ..plan import make_plan
+
+    print(make_plan(read_job(options.job)))
+
+
+def train(options: argparse.Namespace) -> int:
+    """Attach to, resume or start the run of a job, and follow it."""
+    from ..job import read_job
+    from ..plan import hand_over
+
+    job = hand_over(read_job(options.job))
+    if options.resume and run_of(job) is None:
+        raise RunError(f"No run in {job.runs_folder} has this job; --resume goes on with one that exists. Leave --resume out to start it.")
+    run, how = attach_or_create(job)
+    return _start_and_follow(run, how, options.detach)
+
+
+def _start_and_follow(run: Run, how: str, detach: bool) -> int:
+    if how == "done":
+        print(f"{run.name} is done already: {_loras(run.job)}")
+        return 0
+    if how != "attached":
+        process_id = launch(run)
+        print(f"{run.name}: {how}, worker {process_id}, folder {run.folder}")
+    if detach:
+        print(_how_to_steer(run))
+        return 0
+    try:
+        code = follow(run, sys.stdout)
+    except KeyboardInterrupt:
+        print(f"\n{run.name} goes on in the background.\n{_how_to_steer(run)}")
+        return 130
+    if code == 0:
+        print(f"LoRA files: {_loras(run.job)}")
+    return code
+
+
+def _loras(job: Job) -> Path:
+    return Path(job.loras_folder) / job.name
+
+
+def _how_to_steer(run: Run) -> str:
+    return "\n".join(f"  python -m trainers {verb:<6} {_quoted(run.folder)}" for verb in ("status", "pause", "stop"))
+
+
+def _quoted(path: Path) -> str:
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
+def status(options: argparse.Namespace) -> None:
+    """One line per run, or all about one."""
+    if options.run is not None:
+        print(describe(find_run(options.runs, options.run)))
+        return
+    found = list_runs(options.runs)
+    print("\n".join(one_line(run.status()) for run in found) or f"There are no runs in {options.runs}.")
+
+
+def describe(run: Run) -> str:
+    """A run's state, progress, last events, and the end of its log when it failed."""
+    now = run.status()
+    lines = [one_line(now), f"folder: {run.folder}"]
+    if now.message:
+        lines.append(f"message: {now.message}")
+    if now.request:
+        lines.append(f"asked to {now.request}")
+    lines += ["last events:", *(_event_line(event) for event in run.read_events()[-_SHOWN_EVENTS:])]
+    if now.state in ("failed", "interrupted") and (log := last_log_lines(run, 15)):
+        lines += [f"end of {run.log_file}:", *(f"  {line}" for line in log.splitlines())]
+    return "\n".join(lines)
+
+
+def _event_line(event: dict[str, object]) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(event.get("time", 0)))))
+    rest = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
+    return f"  {when}  {event.get('event')} {rest}".rstrip()
+
+
+def pause(options: argparse.Namespace) -> None:
+    """Ask a live run to pause."""
+    run = _live_run(options, "paused")
+    run.request("pause")
+    print(f"{run.name} pauses after its current step; `resume` goes on.")
+
+
+def stop(options: argparse.Namespace) -> None:
+    """Ask a live run to stop."""
+    run = _live_run(options, "stopped")
+    run.request("stop")
+    print(f"{run.name} stops after its current step; `resume` goes on from there.")
+
+
+def resume(options: argparse.Namespace) -> None:
+    """Take back a pause, or start a run again that ended before its last step."""
+    run = find_run(options.runs, options.run)
+    if run.live:
+        run.clear("pause")
+        print(f"{run.name} goes on.")
+        return
+    if run.status().state == "done":
+        raise RunError(f"{run.name} is done; only a run with steps left can go on. To add steps, train a job that extends it.")
+    run.clear("stop")
+    run.clear("pause")
+    print(f"{run.name} goes on, worker {launch(run)}.\n{_how_to_steer(run)}")
+
+
+def _live_run(options: argparse.Namespace, what: str) -> Run:
+    run = find_run(options.runs, options.run)
+    if not run.live:
+        raise RunError(f"{run.name} is {run.status().state}; only a run with a worker can be {what}. There is nothing to do.")
+    return run

@@ -1,0 +1,157 @@
+"""The folder that `encode` writes and a training job names.
+
+    <folder>/encoded.json    what there is to train on: clip windows and prompts, each with its key in the cache
+    <folder>/versions/       each encoded.json there ever was, by its identity
+    <folder>/cache/          the tensors, unless another cache was given
+
+`encoded.json` is replaced as a whole; earlier versions and their tensors stay, so a run that began with one goes on with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DatasetError, Problem
+from ..family import TextRecord
+from .cache import Cache
+
+SCHEMA_VERSION = 1
+FILE_NAME = "encoded.json"
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """One window of one clip. `latents` and `text` are keys in the cache; sizes are pixels."""
+
+    latents: str
+    text: str
+    caption: str
+    source: str
+    start_seconds: float
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    repeats: int
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded data set. `prompts` are the texts that are no captions ("", the negative prompt, previews) -> text key."""
+
+    folder: Path
+    family: str
+    variant: str
+    items: tuple[EncodedItem, ...]
+    prompts: Mapping[str, str]
+    cache: Cache = field(compare=False)
+
+    @classmethod
+    def open(cls, folder: Path | str, identity: str | None = None) -> Encoded:
+        """What `save` wrote last, or the version of an `identity`; reads no tensor.
+
+        Raises DatasetError when there is none, or when another version of this program wrote it.
+        """
+        folder = Path(folder).expanduser().absolute()
+        values = _read_json(folder / FILE_NAME if identity is None else _version_path(folder, identity))
+        try:
+            items = tuple(_item(item) for item in values["items"])
+            cache = Cache(folder / values["cache"])
+            return cls(folder, values["family"], values["variant"], items, dict(values["prompts"]), cache)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _unusable(f"{folder / FILE_NAME} is damaged ({error!r})", "it must be as `encode` wrote it") from None
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what is in it, wherever it lies."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+    def save(self) -> None:
+        """Write `encoded.json`; an older one is replaced."""
+        values = {"schema_version": SCHEMA_VERSION, "cache": self._cache_path(), **self._content()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(self.folder / FILE_NAME, json.dumps(values, sort_keys=True, indent=1) + "\n")
+
+    def latents_CFHW(self, item: EncodedItem) -> torch.Tensor:
+        """Normalised latents of an item, float32. Raises DatasetError when its file is missing or damaged."""
+        return self.cache.read_latents(item.latents)
+
+    def text(self, key: str) -> TextRecord:
+        """The encoded prompt of a key. Raises DatasetError when its file is missing or damaged."""
+        return self.cache.read_text(key)
+
+    def problems(self) -> list[Problem]:
+        """What is missing in the cache; empty when a training can read everything. Looks at names only."""
+        latents = {item.latents for item in self.items}
+        texts = {item.text for item in self.items} | set(self.prompts.values())
+        missing = sum(not self.cache.has_latents(key) for key in latents) + sum(not self.cache.has_text(key) for key in texts)
+        if not missing:
+            return []
+        value = f"{missing} of {len(latents) + len(texts)} encoded files are missing in {self.cache.folder}"
+        return [Problem(value, "all of them are needed", "Run `encode` again: it makes what is missing.")]
+
+    def _content(self) -> dict[str, Any]:
+        items = [asdict(item) for item in self.items]
+        return {"family": self.family, "variant": self.variant, "items": items, "prompts": dict(self.prompts)}
+
+    def _cache_path(self) -> str:
+        """Relative when the cache lies inside the folder, so that the folder can be moved."""
+        if self.cache.folder.is_relative_to(self.folder):
+            return self.cache.folder.relative_to(self.folder).as_posix()
+        return os.fspath(self.cache.folder)
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file gets its new content as a whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(beside, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _version_path(folder: Path, identity: str) -> Path:
+    return folder / "versions" / f"{identity}.json"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise _unusable(f"{path} does not exist", "a job trains on a folder that `encode` wrote", "Run `encode` first.") from None
+    except (OSError, ValueError) as error:
+        raise _unusable(f"{path} cannot be read ({error})", "it must be as `encode` wrote it") from None
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise _unusable(f"{path} has schema_version {version}", f"this program reads {SCHEMA_VERSION}")
+    return dict(values)
+
+
+_FIELDS = {item.name: item.type for item in fields(EncodedItem)}
+_TYPES: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def _item(values: Mapping[str, Any]) -> EncodedItem:
+    """An item whose fields are all there and of the right kind."""
+    for name, kind in _FIELDS.items():
+        if not isinstance(values[name], _TYPES[str(kind)]):
+            raise TypeError(f"{name} is {values[name]!r}")
+    return EncodedItem(**values)
+
+
+def _unusable(value: str, rule: str, remedy: str = "Run `encode` again: what is cached is not made twice.") -> DatasetError:
+    return DatasetError(Problem(value, rule, remedy))

@@ -1,0 +1,33 @@
+"""Which device a job runs on, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import JobError, Problem
+from .job import Job
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(job: Job) -> torch.device:
+    """The job's device; "auto" is the first CUDA card, else the CPU. Raises JobError when the device is not there."""
+    name = job.device
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA cards are visible"
+        raise JobError(Problem(f"device is {job.device!r}", f"it must exist ({found})", 'Use "auto", or "cpu".'))
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise JobError(Problem('device is "mps"', "it needs Apple's Metal, which is not here", 'Use "auto", or "cpu".'))
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def pick_precision(job: Job, device: torch.device) -> str:
+    """What the base computes in: "bf16", "fp16" or "fp32". "auto" takes the best that the device does in hardware."""
+    if job.precision != "auto":
+        return job.precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"

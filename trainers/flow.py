@@ -1,0 +1,80 @@
+"""Flow matching: which noise levels are trained, what is drawn for a sample, and the loss.
+
+Rectified flow (Liu et al. 2022, arXiv:2209.03003): x = (1 - sigma) * clean + sigma * noise, target velocity =
+noise - clean. Every draw is a function of (seed, purpose, step, index of the sample in the global batch), made on the
+CPU, so that a resumed run, or one on more cards, sees exactly the same samples.
+
+Shape suffixes: B batch, C channels, F latent frames, H and W latent height and width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .job import NoiseSpec
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that is a function of its parts only (Python's own hash differs between processes)."""
+    digest = hashlib.blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by `derived_seed`."""
+    return torch.Generator("cpu").manual_seed(derived_seed(*parts))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance gives one sample: its noise (C, F, H, W), its noise level, and whether its caption is dropped."""
+
+    noise_CFHW: torch.Tensor
+    sigma: float
+    drop_caption: bool
+
+
+def draw_sample(noise: NoiseSpec, caption_dropout: float, seed: int, step: int, index: int, shape_CFHW: tuple[int, int, int, int]) -> Draw:
+    """The draw of sample `index` of the global batch of `step`."""
+    chance = generator(seed, "sample", step, index)
+    sigma = draw_sigma(noise, chance)
+    drop = torch.rand((), generator=chance).item() < caption_dropout
+    return Draw(torch.randn(shape_CFHW, generator=chance), sigma, drop)
+
+
+def draw_sigma(noise: NoiseSpec, chance: torch.Generator) -> float:
+    """One noise level in (0, 1). logit_normal: Esser et al. 2024, arXiv:2403.03206, section 3.1; shift: section 5.3.2."""
+    if noise.distribution == "logit_normal":
+        logit = noise.mean + noise.std * torch.randn((), generator=chance).item()
+        return 1.0 / (1.0 + math.exp(-logit))
+    uniform = torch.rand((), generator=chance).item()
+    return shifted(uniform, noise.shift) if noise.distribution == "shift" else uniform
+
+
+def shifted(sigma: float, shift: float) -> float:
+    """`sigma` moved towards 1 by `shift` (1 leaves it where it is)."""
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def sampling_sigmas(steps: int, shift: float) -> list[float]:
+    """`steps + 1` noise levels from 1 down to 0, evenly spaced and then shifted."""
+    return [shifted(1.0 - i / steps, shift) for i in range(steps + 1)]
+
+
+def noised(clean_BCFHW: torch.Tensor, noise_BCFHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+    """The latents at noise level `sigma_B`."""
+    sigma = sigma_B.view(-1, *([1] * (clean_BCFHW.ndim - 1)))
+    return (1.0 - sigma) * clean_BCFHW + sigma * noise_BCFHW
+
+
+def velocity_loss(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error in float32, over what `mask` (broadcastable, 0 or 1) lets count: sum(mask * err^2) / sum(mask)."""
+    error = (predicted.float() - target.float()).square()
+    if mask is None:
+        return error.mean()
+    mask = mask.to(error).expand_as(error)
+    return (mask * error).sum() / mask.sum()

@@ -1,0 +1,74 @@
+"""The only module that starts a process: a worker for a run, which lives on when its starter ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .errors import RunError
+from .run import Run
+
+WORKER = Path(__file__).resolve().with_name("worker.py")
+_PATIENCE_SECONDS = 120.0
+_POLL_SECONDS = 0.05
+_SHOWN_LINES = 5
+
+# A worker that nobody waits for would stay behind as a zombie: they are kept, and looked after at each launch.
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def launch(run: Run, processes: int = 1) -> int:
+    """Start a worker for `run` in the background and return its process id, once it (or another worker) holds the run.
+
+    `processes` > 1 starts one per GPU by accelerate. The worker's output is appended to worker.log.
+    Raises RunError with the log's last lines when the worker ends before it took the run.
+    """
+    _started[:] = [process for process in _started if process.poll() is None]
+    _, before = run.follow_events()
+    process = _start(run, processes)
+    _started.append(process)
+    give_up = time.monotonic() + _PATIENCE_SECONDS
+    while not run.live:
+        if process.poll() is not None:
+            if process.returncode and not run.follow_events(before)[0]:
+                raise RunError(f"The worker of {run.name} could not start; {run.log_file} says why:\n{last_log_lines(run)}")
+            break
+        if time.monotonic() > give_up:
+            raise RunError(f"The worker of {run.name} has not started within {_PATIENCE_SECONDS:.0f} s; see {run.log_file}.")
+        time.sleep(_POLL_SECONDS)
+    return process.pid
+
+
+def last_log_lines(run: Run, count: int = _SHOWN_LINES) -> str:
+    """The last `count` lines of worker.log; empty when there is none."""
+    try:
+        with run.log_file.open("rb") as file:
+            file.seek(max(file.seek(0, 2) - 20_000, 0))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return "\n".join(lines[-count:])
+
+
+def _command(run: Run, processes: int) -> list[str]:
+    # Unbuffered UTF-8 and faulthandler: the log must tell the last moment of a process that died in native code.
+    python = [sys.executable, "-u", "-X", "utf8", "-X", "faulthandler"]
+    if processes > 1:
+        python += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    return [*python, str(WORKER), str(run.folder)]
+
+
+def _start(run: Run, processes: int) -> subprocess.Popen[bytes]:
+    with run.log_file.open("ab") as log:
+        command = _command(run, processes)
+        if sys.platform == "win32":
+            # Not DETACHED_PROCESS: without any console, each program that the worker starts would open a window.
+            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=run.folder, close_fds=True, creationflags=flags
+            )
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=run.folder, close_fds=True, start_new_session=True
+        )

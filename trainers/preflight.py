@@ -1,0 +1,123 @@
+"""Everything that is wrong with a job, found by reading headers only, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .data.encoded import Encoded
+from .device import pick_device
+from .errors import JobError, MissingPackage, Problem, ProblemsError, RunError, VideoTrainerError
+from .family import Detection, LatentSpec, detect, family_of
+from .job import Job
+from .lora_metadata import describe
+from .optimizers import check_installed
+from .previews import negative_prompt
+from .run import find_run
+
+
+def check(job: Job) -> None:
+    """Raises JobError with every problem of the job; returns when it can run."""
+    if problems := list(find_problems(job)):
+        raise JobError(problems, subject=f"The job {job.name} cannot run")
+
+
+def find_problems(job: Job) -> Iterator[Problem]:
+    """Each problem of the job. Reads headers, never tensors."""
+    detection = encoded = None
+    try:
+        detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    except VideoTrainerError as error:
+        yield from _problems("base.transformer", error)
+    try:
+        encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
+    except VideoTrainerError as error:
+        yield from _problems("encoded", error)
+    for attempt in (lambda: pick_device(job), lambda: check_installed(job.optimizer), lambda: _check_start(job)):
+        try:
+            attempt()
+        except VideoTrainerError as error:
+            yield from _problems("", error)
+    if encoded:
+        yield from _data_problems(job, encoded, detection)
+    if detection and job.previews.every_steps:
+        yield from _preview_problems(job, detection, encoded)
+
+
+def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> Iterator[Problem]:
+    if detection and _latents_of(encoded.variant) != (detection.family.id, detection.family.latent(detection.variant)):
+        yield Problem(
+            f"the data set was encoded for {encoded.variant}, the base is {detection.variant.id}",
+            "latents belong to one VAE",
+            "Encode it again for this base.",
+        )
+    yield from encoded.problems()
+    if not any(not item.held_out for item in encoded.items):
+        yield Problem(
+            "the data set has no clip to train on", "at least one clip must not be held out", "Add clips, or lower the held-out share."
+        )
+    if job.caption_dropout and "" not in encoded.prompts:
+        yield Problem(f"caption_dropout is {job.caption_dropout}", 'the empty caption "" must be encoded', "Encode the data set again.")
+
+
+def _latents_of(variant_id: str) -> tuple[str, LatentSpec]:
+    family, variant = family_of(variant_id)
+    return family.id, family.latent(variant)
+
+
+def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -> Iterator[Problem]:
+    spec = job.previews
+    if not spec.prompts:
+        yield Problem(
+            f"previews.every_steps is {spec.every_steps}", "previews need prompts", "Give previews.prompts, or set every_steps to 0."
+        )
+    if job.base.vae is None:
+        yield Problem("base.vae is missing", "previews must be decoded", "Give base.vae, or set previews.every_steps to 0.")
+    else:
+        try:
+            checkpoint = Checkpoint.open(job.base.vae, "vae")
+            if detection.family.detect_vae(checkpoint) is None:
+                yield Problem(f"base.vae is {checkpoint.path.name}", f"{detection.family.title} needs its own VAE", "Give that file.")
+        except VideoTrainerError as error:
+            yield from _problems("base.vae", error)
+    yield from detection.family.latent(detection.variant).problems(spec.num_frames, spec.height, spec.width)
+    negative = negative_prompt(spec, detection.family, detection.variant)
+    for prompt in (*spec.prompts, negative):
+        if encoded and prompt not in encoded.prompts:
+            remedy = f'Encode again with --prompt "{prompt}".'
+            yield Problem(f"the preview prompt {prompt!r} is not encoded", "prompts are encoded with the data set", remedy)
+
+
+def _check_start(job: Job) -> None:
+    if job.start.extends:
+        extended_folder(job)
+    if job.start.initial_lora:
+        path = Path(job.start.initial_lora)
+        if (ranks := describe(path).ranks) != (job.lora.rank,):
+            found = " and ".join(map(str, ranks))
+            raise JobError(
+                Problem(f"lora.rank is {job.lora.rank}", f"{path.name} has rank {found}, and a run goes on with it", f"Use {found}.")
+            )
+
+
+def extended_folder(job: Job) -> Path:
+    """The checkpoint that `start.extends` names. Raises RunError when it is not there."""
+    assert job.start.extends is not None
+    name, _, step = job.start.extends.rpartition("@")
+    if not name or not step.isdigit():
+        raise RunError(f"start.extends is {job.start.extends!r}; it must be RUN@STEP, as in my-run@500.")
+    other = find_run(Path(job.runs_folder), name)
+    if int(step) not in other.checkpoints():
+        there = ", ".join(str(s) for s in other.checkpoints()) or "none"
+        raise RunError(f"start.extends is {job.start.extends!r}; that run keeps checkpoints of steps {there}. Use one of them.")
+    return other.checkpoint_folder(int(step))
+
+
+def _problems(field: str, error: VideoTrainerError) -> list[Problem]:
+    if isinstance(error, ProblemsError):
+        return list(error.problems)
+    if isinstance(error, MissingPackage):
+        value, _, remedy = str(error).partition("; ")
+        return [Problem(value, *remedy.split(". ", 1))]
+    return [Problem(f"{field}: {error}" if field else str(error), "it must be usable", "Mend it and try again.")]

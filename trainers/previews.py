@@ -1,0 +1,77 @@
+"""Videos of the job's prompts, sampled while training, always from the same noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .data.video_file import write_video
+from .family import Family, Variant
+from .job import PreviewSpec, due
+from .sample import Solver, decode_frames, preview_noise, sample_latents
+
+if TYPE_CHECKING:
+    from .training import Training
+
+
+def negative_prompt(spec: PreviewSpec, family: Family, variant: Variant) -> str:
+    """What the previews' guidance steers away from."""
+    return family.sampling(variant).negative if spec.negative is None else spec.negative
+
+
+@dataclass
+class Previews:
+    """The previews of a training; the VAE is loaded for the first one and waits on the CPU in between."""
+
+    training: Training
+    vae: torch.nn.Module | None = None
+
+    @classmethod
+    def of(cls, training: Training) -> Previews:
+        return cls(training)
+
+    def write_if_due(self, step: int, last: bool = False) -> None:
+        """Samples every prompt into `samples/step-000500-0.mp4` when it is time; what is there already stays."""
+        spec, training = self.training.job.previews, self.training
+        wanted = spec.before_training if step == 0 else due(step, spec.every_steps, last)
+        if not (wanted and spec.every_steps and spec.prompts and training.accelerator.is_main_process):
+            return
+        paths = [training.run.samples_folder / f"step-{step:06d}-{i}.mp4" for i in range(len(spec.prompts))]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        for i in missing:
+            self._write_one(paths[i], spec.prompts[i], spec.seed + i)
+        if missing:
+            training.run.event("sample", step=step, files=[path.name for path in paths])
+
+    def _write_one(self, path: Path, prompt: str, seed: int) -> None:
+        training, spec = self.training, self.training.job.previews
+        transformer = training.accelerator.unwrap_model(training.transformer)
+        latent = training.family.latent(training.variant)
+        solver = Solver.of(training.family, training.variant, spec.sampling_steps, spec.shift, spec.cfg)
+        noise = preview_noise(seed, latent.shape(spec.num_frames, spec.height, spec.width))[None].to(training.device)
+        text = training.encoded.text(training.encoded.prompts[prompt])
+        negative = training.encoded.text(training.encoded.prompts[negative_prompt(spec, training.family, training.variant)])
+        was_training = transformer.training
+        transformer.eval()
+        latents = sample_latents(training.family, training.variant, transformer, noise, [text], negative, solver, training.dtype)
+        transformer.train(was_training)
+        write_video(path, self._decode(latents), latent.fps)
+
+    def _decode(self, latents_BCFHW: torch.Tensor) -> npt.NDArray[np.uint8]:
+        from .checkpoint import Checkpoint
+        from .load import load_vae
+
+        training = self.training
+        if self.vae is None:
+            assert training.job.base.vae is not None, "preflight lets no previews without a VAE through"
+            checkpoint = Checkpoint.open(training.job.base.vae, "vae")
+            self.vae = load_vae(checkpoint, training.family, torch.device("cpu"), torch.float32)
+        vae = self.vae.to(training.device)
+        frames: npt.NDArray[np.uint8] = decode_frames(training.family, vae, latents_BCFHW)[0].numpy()
+        self.vae.to("cpu")
+        return frames

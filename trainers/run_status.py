@@ -1,0 +1,102 @@
+"""What a run is doing, inferred from its files: a run that crashed cannot say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+State = Literal["new", "queued", "training", "paused", "stopped", "failed", "interrupted", "done"]
+Request = Literal["stop", "pause"]
+Outcome = Literal["done", "stopped", "paused"]
+OUTCOMES: Mapping[Request, Outcome] = {"stop": "stopped", "pause": "paused"}
+"""How a worker ends that was asked to: a paused run frees the card, and goes on from its checkpoint."""
+
+_STATE_OF_EVENT: Mapping[str, State] = {
+    "queued": "queued",
+    "training": "training",
+    "resumed": "training",
+    "paused": "paused",
+    "stopped": "stopped",
+    "failed": "failed",
+    "done": "done",
+}
+_ENDED = frozenset[State]({"new", "paused", "stopped", "failed", "done"})
+_AVERAGED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One look at a run.
+
+    `live`: a worker holds the run. `loss` and `seconds_per_step` are means of the last 20 steps, None before the
+    first. `message` is what the last event said (the error of a failed run). `request` is what the run was asked to do
+    and has not done yet.
+    """
+
+    name: str
+    state: State
+    live: bool
+    step: int
+    total_steps: int | None
+    loss: float | None
+    seconds_per_step: float | None
+    message: str
+    request: Request | None
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds of training left, pauses not counted; None when that is not known yet."""
+        if self.total_steps is None or self.seconds_per_step is None:
+            return None
+        return max(self.total_steps - self.step, 0) * self.seconds_per_step
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen unless someone starts the run again."""
+        return not self.live and self.state != "new"
+
+
+def last_state(events: Sequence[Mapping[str, Any]]) -> tuple[State, Mapping[str, Any]]:
+    """The state that the last telling event left the run in, and that event ("new" and {} when there is none)."""
+    for event in reversed(events):
+        state = _STATE_OF_EVENT.get(str(event.get("event")))
+        if state:
+            return state, event
+    return "new", {}
+
+
+def infer_state(events: Sequence[Mapping[str, Any]], live: bool) -> State:
+    """The state, given whether a worker lives: without one, a run that had not ended was interrupted."""
+    state, _ = last_state(events)
+    return state if live or state in _ENDED else "interrupted"
+
+
+def make_status(
+    name: str,
+    events: Sequence[Mapping[str, Any]],
+    recent_metrics: Sequence[Mapping[str, Any]],
+    live: bool,
+    request: Request | None,
+    planned_steps: int | None,
+) -> RunStatus:
+    """A status from the run's events and the last lines of its metrics, in the order they were written."""
+    _, event = last_state(events)
+    totals = [event["total_steps"] for event in events if event.get("total_steps") is not None]
+    steps = [line["step"] for line in recent_metrics if "step" in line]
+    return RunStatus(
+        name=name,
+        state=infer_state(events, live),
+        live=live,
+        step=int(steps[-1]) if steps else 0,
+        total_steps=int(totals[-1]) if totals else planned_steps,
+        loss=_mean_of(recent_metrics, "loss"),
+        seconds_per_step=_mean_of(recent_metrics, "seconds"),
+        message=str(event.get("message", "")),
+        request=request,
+    )
+
+
+def _mean_of(lines: Sequence[Mapping[str, Any]], field: str) -> float | None:
+    values = [float(line[field]) for line in lines if line.get(field) is not None][-_AVERAGED_STEPS:]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,76 @@
+"""Videos from noise, with the model that is being trained: previews, and the demo's before and after.
+
+Shape suffixes: B batch, C channels, F frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .family import Conditions, Family, TextRecord, Variant
+from .flow import sampling_sigmas
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How noise becomes a video: Euler along `sigmas` (from 1 down to 0), with guidance `cfg` (1: none)."""
+
+    sigmas: Sequence[float]
+    cfg: float
+
+    @classmethod
+    def of(cls, family: Family, variant: Variant, steps: int | None, shift: float | None, cfg: float | None) -> Solver:
+        """The family's own way, with what is given put in its place."""
+        default = family.sampling(variant)
+        sigmas = sampling_sigmas(steps or default.steps, shift if shift is not None else default.shift)
+        return cls(sigmas, cfg if cfg is not None else default.cfg)
+
+
+def preview_noise(seed: int, shape_CFHW: tuple[int, int, int, int]) -> torch.Tensor:
+    """The noise of one preview: the same on every device."""
+    return torch.randn(shape_CFHW, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+@torch.no_grad()
+def sample_latents(
+    family: Family,
+    variant: Variant,
+    transformer: torch.nn.Module,
+    noise_BCFHW: torch.Tensor,
+    prompts: Sequence[TextRecord],
+    negative: TextRecord,
+    solver: Solver,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Clean latents (B, C, F, H, W) from noise, one prompt for each. Guidance: Ho & Salimans 2022, arXiv:2207.12598."""
+    device = noise_BCFHW.device
+    text = family.collate_text(prompts, device, dtype)
+    no_text = family.collate_text([negative] * len(prompts), device, dtype)
+    latents = noise_BCFHW.float()
+    steps = len(solver.sigmas) - 1
+    for i in range(steps):
+        sigma, next_sigma = solver.sigmas[i], solver.sigmas[i + 1]
+        inputs = family.prepare(variant, latents, torch.full((len(prompts),), sigma, device=device), Conditions())
+        velocity = family.predict(transformer, inputs, text).float()
+        if solver.cfg != 1.0:
+            without = family.predict(transformer, inputs, no_text).float()
+            velocity = without + solver.cfg * (velocity - without)
+        latents = latents + (next_sigma - sigma) * velocity
+        if progress:
+            progress(i + 1, steps)
+    return latents
+
+
+@torch.no_grad()
+def decode_frames(family: Family, vae: torch.nn.Module, latents_BCFHW: torch.Tensor) -> list[torch.Tensor]:
+    """Each video as uint8 frames (F, H, W, C) on the CPU."""
+    videos = []
+    for latents in latents_BCFHW:
+        pixels_CFHW = family.decode_video(vae, latents[None])[0].float().clamp(-1, 1)
+        frames_FHWC = ((pixels_CFHW + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+        videos.append(frames_FHWC.cpu())
+    return videos

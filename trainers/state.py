@@ -1,0 +1,80 @@
+"""Everything a resumed run needs to be the run that was never interrupted: adapter, optimizer, loss scale, step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .adapter import Adapter, LoraPair
+from .errors import Problem, ProblemsError, RunError
+from .stable_file import save_file
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: `step` optimizer steps are done, over the data set `encoded_identity`."""
+
+    step: int
+    encoded_identity: str
+    micro_per_step: int
+
+
+def save_state(folder: Path, position: Position, adapter: Adapter, optimizer: dict[str, Any], scaler: dict[str, Any] | None) -> None:
+    """Writes a checkpoint's files into an empty folder."""
+    pairs = [
+        (f"{name}.{part}", tensor) for name, pair in adapter.modules.items() for part, tensor in (("A", pair.down_RI), ("B", pair.up_OR))
+    ]
+    save_file(dict(pairs), folder / "adapter.safetensors", {})
+    torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
+    (folder / "position.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=2), "utf-8")
+
+
+def read_position(folder: Path) -> Position:
+    """Where the run of a checkpoint stood. Raises RunError when another version wrote it."""
+    values = json.loads((folder / "position.json").read_text("utf-8"))
+    if (found := values.pop("format", None)) != FORMAT:
+        raise RunError(f"{folder} has format {found}; this version reads {FORMAT}. Start a new run with start.initial_lora.")
+    return Position(**values)
+
+
+def read_adapter(folder: Path, alpha: float) -> Adapter:
+    """The adapter of a checkpoint, float32."""
+    tensors = load_file(folder / "adapter.safetensors")
+    names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
+    return Adapter({name: LoraPair(tensors[f"{name}.A"], tensors[f"{name}.B"], alpha) for name in names}, {})
+
+
+def read_optimizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The states of the optimizer and of the loss scaler."""
+    stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    return stored["optimizer"], stored["scaler"]
+
+
+def check_position(position: Position, encoded_identity: str, micro_per_step: int) -> None:
+    """Raises ProblemsError when going on from `position` would not be the same run."""
+    problems = []
+    if position.encoded_identity != encoded_identity:
+        problems.append(
+            Problem(
+                f"the data set is {encoded_identity[:12]}, the run began with {position.encoded_identity[:12]}",
+                "a run goes on over the same clips and captions",
+                "Encode the old data set again, or start a new run with start.initial_lora.",
+            )
+        )
+    if position.micro_per_step != micro_per_step:
+        problems.append(
+            Problem(
+                f"accumulation x processes is {micro_per_step}, it was {position.micro_per_step}",
+                "a step must show the same samples as before",
+                "Choose accumulation so that the product stays the same.",
+            )
+        )
+    if problems:
+        raise ProblemsError(problems, subject="The run cannot go on")

@@ -1,0 +1,84 @@
+"""The training of one run: set up, then a loop that fits one screen. No model's name stands here."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+import torch
+
+from .evaluate import HeldOut
+from .flow import derived_seed
+from .job import due
+from .optimizers import learning_rate_factor, set_learning_rate
+from .predict import batch_loss
+from .previews import Previews
+from .run import Run
+from .run_status import OUTCOMES, Outcome
+from .training import Training, open_training, save_checkpoint
+
+
+def train(run: Run) -> Outcome:
+    """Trains `run` from its latest checkpoint (or from the beginning) to its last step, or until it is asked to stop.
+
+    Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can mend.
+    """
+    training = open_training(run)
+    run.event("training", step=training.step, total_steps=training.total_steps)
+    previews, held_out = Previews.of(training), HeldOut.of(run.job, training.family, training.variant, training.encoded)
+    previews.write_if_due(training.step)
+    while training.step < training.total_steps:
+        if asked := run.requested():
+            if training.step:
+                save_checkpoint(training)
+            return OUTCOMES[asked]
+        training.step += 1
+        metrics = optimize(training)
+        last = training.step == training.total_steps
+        if due(training.step, run.job.held_out.every_steps, last):
+            metrics |= held_out.loss(training.transformer, training.device, training.dtype)
+        report(training, metrics)
+        if due(training.step, run.job.checkpoints.every_steps, last):
+            save_checkpoint(training)
+        previews.write_if_due(training.step, last)
+    training.accelerator.end_training()
+    return "done"
+
+
+def optimize(training: Training) -> dict[str, float]:
+    """One optimizer step over this process's share of the global batch; what it measured."""
+    started, job, accelerator = time.perf_counter(), training.job, training.accelerator
+    learning_rate = job.optimizer.learning_rate * learning_rate_factor(job.optimizer, training.step, training.total_steps)
+    set_learning_rate(training.optimizer, learning_rate)
+    shares = training.samples.order.step(training.step)
+    mine = list(enumerate(shares))[accelerator.process_index :: accelerator.num_processes]
+    loss_sum, sigma_sum = torch.zeros((), device=training.device), torch.zeros((), device=training.device)
+    for position, (index, micro) in enumerate(mine):
+        torch.manual_seed(derived_seed(job.seed, "step", training.step, index))
+        batch = training.samples.batch(training.step, micro)
+        with nullcontext() if position == len(mine) - 1 else accelerator.no_sync(training.transformer):
+            loss = batch_loss(training.family, training.variant, training.transformer, batch)
+            accelerator.backward(loss / len(mine))
+        loss_sum += loss.detach() / len(mine)
+        sigma_sum += batch.sigma_B.mean() / len(mine)
+    grad_norm = accelerator.clip_grad_norm_(training.parameters, job.optimizer.max_grad_norm or float("inf"))
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    loss_mean, sigma_mean = accelerator.reduce(torch.stack([loss_sum, sigma_sum]), "mean").tolist()
+    return {
+        "epoch": shares[-1].epoch,
+        "loss": loss_mean,
+        "grad_norm": float(grad_norm),
+        "lr": learning_rate,
+        "sigma": sigma_mean,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def report(training: Training, metrics: dict[str, float]) -> None:
+    """Writes a step's measurements to the run's folder and to the trackers."""
+    if training.device.type == "cuda":
+        metrics["vram_gib"] = torch.cuda.max_memory_reserved(training.device) / 2**30
+    if training.accelerator.is_main_process:
+        training.run.metrics(step=training.step, **metrics)
+    training.accelerator.log(metrics, step=training.step)
