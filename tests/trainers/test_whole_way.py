@@ -1,5 +1,6 @@
 """From clips that no one here made to a LoRA file: scanned, encoded with the tiny base's VAE and text encoder, trained by
-the real worker, which must not open a socket."""
+the real worker, which must not open a socket.
+"""
 
 from __future__ import annotations
 
