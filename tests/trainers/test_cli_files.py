@@ -24,6 +24,7 @@ GEOMETRY = ["--size", "32x32", "--frames", "5"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips (one without a caption), the encoders in a diffusers folder, and a transformer in a native file."""
     folder = tmp_path_factory.mktemp("cli")
+    (folder / "clips").mkdir()
     for index in range(3):
         write_caption(write_video(folder / "clips" / f"{index}.mp4", 10, 16), f"a cat {index}")
     write_video(folder / "clips" / "silent.mp4", 10, 16)
