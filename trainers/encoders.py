@@ -174,9 +174,11 @@ class _Work:
         """Runs in the thread."""
         path = Path(window.clip.path)
         size = window.height, window.width
-        place = window.start_seconds, window.num_frames, window.fps
-        key = Cache.latents_key(self.cache.file_hash(path), *place, *size, identity)
-        return _Decoded(key, None if self.cache.has_latents(key) else read_window(path, *place, size))
+        fps = 0.0 if window.clip.kind == "image" else window.fps  # a still is the same at every rate
+        key = Cache.latents_key(self.cache.file_hash(path), window.start_seconds, window.num_frames, fps, *size, identity)
+        if self.cache.has_latents(key):
+            return _Decoded(key, None)
+        return _Decoded(key, read_window(path, window.start_seconds, window.num_frames, window.fps, size))
 
     def _latents(self, window: Window, decoded: _Decoded) -> str:
         """The key of the window's latents, which are cached."""

@@ -113,16 +113,20 @@ class FolderEncoder:
     def _load_vae(self) -> torch.nn.Module:
         from .load import load_vae
 
-        return load_vae(Checkpoint.open(self._files.vae, "vae"), self._family, self._device, torch.float32)
+        vae: torch.nn.Module = load_vae(Checkpoint.open(self._files.vae, "vae"), self._family, self._device, torch.float32)
+        return vae
 
     def _load_text_encoder(self) -> tuple[Any, torch.nn.Module]:
         from transformers import AutoModelForTextEncoding, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # the encoding has its own
         dtype = torch.bfloat16 if self._device.type == "cuda" else "auto"
         local = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(self._files.tokenizer, **local)
         model = AutoModelForTextEncoding.from_pretrained(self._files.text_encoder, dtype=dtype, **local)
-        return tokenizer, model.to(self._device).eval().requires_grad_(False)
+        model = model.to(self._device).eval().requires_grad_(False)
+        return tokenizer, model
 
 
 def _tokenizer_hash(folder: Path) -> str:

@@ -65,7 +65,7 @@ def open_training(run: Run) -> Training:
     accelerator = _accelerator(run, device, precision)
     checkpoint = Checkpoint.open(job.base.transformer)
     detection = detect(checkpoint, job.base.variant)
-    transformer = load_transformer(checkpoint, detection, accelerator.device, DTYPES[precision])
+    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, DTYPES[precision])
     parameters = inject(transformer, detection.family, job.lora, job.seed)
     if job.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -22,11 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "trainers")]
 
-from trainers.checkpoint import Checkpoint
-from trainers.load import load_transformer
-
 from tiny import TinyShape, tiny_job
+
+from trainers.checkpoint import Checkpoint
 from trainers.family import detect
+from trainers.load import load_transformer
 from trainers.run import Run
 from trainers.trainer import optimize, report
 from trainers.training import open_training

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TinyShape, tiny_job, write_encoded
 
 from trainers.errors import JobError, RunError, VideoTrainerError
 from trainers.run import Run
 from trainers.trainer import train
 from trainers.training import lora_path
-
-from tiny import TinyShape, tiny_job, write_encoded
 
 SHAPE = TinyShape(layers=1)
 

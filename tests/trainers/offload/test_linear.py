@@ -146,6 +146,7 @@ def test_dequantise_rounds_once() -> None:
             assert torch.equal(dequantise(every, number, dtype), (every.float() * number).to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # raised inside torch.compile
 def test_compiles_without_a_break() -> None:
     frozen, _ = pair(torch.float8_e4m3fn, torch.float32, "number")
     compiled = torch.compile(frozen, backend="aot_eager", fullgraph=True)
