@@ -168,11 +168,11 @@ def _model(options: argparse.Namespace, default: bool) -> tuple[Family, Variant]
     from ..checkpoint import Checkpoint
     from ..family import detect, families, family_of
 
+    if options.variant and not options.transformer:
+        return family_of(options.variant)
     if source := options.transformer or options.base:
         found = detect(Checkpoint.open(source), options.variant)
         return found.family, found.variant
-    if options.variant:
-        return family_of(options.variant)
     if not default:
         raise VideoTrainerError(
             str(Problem("no model is given", "clips are encoded for one model", "Give --base, --transformer or --variant."))

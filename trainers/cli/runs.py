@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +70,7 @@ def _start_and_follow(run: Run, how: str, detach: bool) -> int:
         print(_how_to_steer(run))
         return 0
     try:
-        code = follow(run, sys.stdout)
+        code = follow(run)
     except KeyboardInterrupt:
         print(f"\n{run.name} goes on in the background.\n{_how_to_steer(run)}")
         return 130
