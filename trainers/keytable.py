@@ -8,7 +8,7 @@ fills a model from a native file, names LoRA modules, and writes a native file b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -111,22 +111,6 @@ class KeyTable:
             raise _unmatched(unknown)
         return found
 
-    def native_state(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A module's state dict under native names, fused and swapped as the native file has it.
-
-        Raises KeyTableError for a name that no row matches, or when members of a fused tensor are missing.
-        """
-        pieces: dict[str, list[tuple[Place, torch.Tensor]]] = {}
-        for name, tensor in state.items():
-            place = self.to_native(name)
-            pieces.setdefault(place.name, []).append((place, tensor))
-        incomplete = [name for name, found in pieces.items() if sum(place.stop - place.start for place, _ in found) != found[0][0].total]
-        if incomplete:
-            raise KeyTableError(
-                Problem(f"parts of {', '.join(incomplete)} are missing", "a fused tensor is written whole", "Give the whole state dict")
-            )
-        return {name: _joined(found) for name, found in pieces.items()}
-
     @cached_property
     def _native_names(self) -> _Index[Place]:
         return _Index([(_members(row)[i][0], _to_native(row, i)) for row in self.rows for i in range(len(_members(row)))])
@@ -134,14 +118,6 @@ class KeyTable:
     @cached_property
     def _diffusers_names(self) -> _Index[tuple[Place, ...]]:
         return _Index([(row.native, _to_diffusers(row)) for row in self.rows])
-
-
-def _joined(pieces: list[tuple[Place, torch.Tensor]]) -> torch.Tensor:
-    """One native tensor of its pieces; the inverse of `Place.cut`."""
-    parts = [
-        torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor for place, tensor in sorted(pieces, key=lambda piece: piece[0].start)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _members(row: Row) -> list[tuple[str, int, int, int]]:

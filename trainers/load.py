@@ -1,4 +1,7 @@
-"""A transformer or a VAE as a module, filled from a checkpoint: strictly, and with mapped tensors where nothing changes."""
+"""A transformer or a VAE as a module, filled from a checkpoint: strictly, and with mapped tensors where nothing changes.
+
+`native_state` is the way back: the tensors of a module as a native file holds them.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,30 @@ def load_vae(checkpoint: Checkpoint, family: Family, device: torch.device | str,
     module = family.build_vae(config).requires_grad_(False).eval()
     source = _Source(checkpoint, _places(checkpoint, family.vae_keys, module), device)
     return _filled(module, {name: source.dense(name, dtype) for name in module.state_dict()}, device)
+
+
+def native_state(state: Mapping[str, torch.Tensor], table: KeyTable) -> dict[str, torch.Tensor]:
+    """A module's state dict under native names, fused and swapped as the native file has it.
+
+    Raises KeyTableError for a name that no row matches, or when members of a fused tensor are missing.
+    """
+    pieces: dict[str, list[tuple[Place, torch.Tensor]]] = {}
+    for name, tensor in state.items():
+        place = table.to_native(name)
+        pieces.setdefault(place.name, []).append((place, tensor))
+    incomplete = [name for name, found in pieces.items() if sum(place.stop - place.start for place, _ in found) != found[0][0].total]
+    if incomplete:
+        raise KeyTableError(
+            Problem(f"parts of {', '.join(incomplete)} are missing", "a fused tensor is written whole", "Give the whole state dict.")
+        )
+    return {name: _joined(found) for name, found in pieces.items()}
+
+
+def _joined(pieces: list[tuple[Place, torch.Tensor]]) -> torch.Tensor:
+    """One native tensor of its pieces; the inverse of `Place.cut`."""
+    ordered = sorted(pieces, key=lambda piece: piece[0].start)
+    parts = [torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor for place, tensor in ordered]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)

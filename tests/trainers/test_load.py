@@ -13,7 +13,7 @@ from trainers.checkpoint import Checkpoint
 from trainers.errors import CheckpointError
 from trainers.families.wan import FAMILY
 from trainers.family import detect
-from trainers.load import load_transformer, load_vae
+from trainers.load import load_transformer, load_vae, native_state
 from trainers.offload.linear import FrozenLinear
 
 State = dict[str, torch.Tensor]
@@ -29,14 +29,14 @@ def native_file(path: Path, state: State, metadata: dict[str, str] | None = None
     return path
 
 
-def native_state(dtype: torch.dtype = torch.float32) -> State:
-    state = FAMILY.keys.native_state(tiny_transformer().state_dict())
+def transformer_state(dtype: torch.dtype = torch.float32) -> State:
+    state = native_state(tiny_transformer().state_dict(), FAMILY.keys)
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
 def fp8_scaled_state(spelling: str = "scale_weight", marker: bool = True) -> tuple[State, State]:
     """A native fp8_scaled file, every matrix scaled, and the float32 weights it stands for."""
-    state, dense = native_state(), native_state()
+    state, dense = transformer_state(), transformer_state()
     for name in [name for name, tensor in state.items() if tensor.ndim == 2]:
         scale = state[name].abs().max() / 448
         state[name] = (state[name] / scale).to(torch.float8_e4m3fn)
@@ -71,7 +71,7 @@ def test_rows_agree_with_the_converters_of_diffusers() -> None:
         (transformer, FAMILY.keys, convert_wan_transformer_to_diffusers),
         (tiny_vae(), FAMILY.vae_keys, convert_wan_vae_to_diffusers),
     ):
-        native = table.native_state(model.state_dict())
+        native = native_state(model.state_dict(), table)
         theirs = convert(dict(native))
         ours = {name: place.cut(native[place.name]) for name, place in table.map_file(native).items()}
         assert ours.keys() == theirs.keys() == model.state_dict().keys()
@@ -80,9 +80,9 @@ def test_rows_agree_with_the_converters_of_diffusers() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"image_dim": 64, "added_kv_proj_dim": 256, "pos_embed_seq_len": 6}])
 def test_native_to_diffusers_to_native_is_equal_in_bytes(tmp_path: Path, changes: dict[str, int]) -> None:
-    native = FAMILY.keys.native_state(tiny_transformer(**changes).state_dict())
+    native = native_state(tiny_transformer(**changes).state_dict(), FAMILY.keys)
     names = FAMILY.keys.map_file(native)
-    again = FAMILY.keys.native_state({name: place.cut(native[place.name]) for name, place in names.items()})
+    again = native_state({name: place.cut(native[place.name]) for name, place in names.items()}, FAMILY.keys)
     save_file(native, tmp_path / "first.safetensors")
     save_file(again, tmp_path / "second.safetensors")
     assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
@@ -91,7 +91,7 @@ def test_native_to_diffusers_to_native_is_equal_in_bytes(tmp_path: Path, changes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_file_shards_pickle_and_diffusers_folder_give_the_same_module(tmp_path: Path, dtype: torch.dtype) -> None:
     transformer = tiny_transformer().to(dtype)
-    state = FAMILY.keys.native_state(transformer.state_dict())
+    state = native_state(transformer.state_dict(), FAMILY.keys)
     transformer.save_pretrained(tmp_path / "model" / "transformer")
     torch.save({"module": state}, tmp_path / "model.pth")
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
@@ -125,7 +125,7 @@ def test_dtypes_and_output_are_those_of_from_pretrained(tmp_path: Path, dtype: t
 
 
 def test_the_module_is_frozen_and_no_random_number_was_drawn(tmp_path: Path) -> None:
-    path = native_file(tmp_path / "native.safetensors", native_state())
+    path = native_file(tmp_path / "native.safetensors", transformer_state())
     state = torch.get_rng_state()
     module = load(path)
     assert torch.equal(torch.get_rng_state(), state)
@@ -134,7 +134,7 @@ def test_the_module_is_frozen_and_no_random_number_was_drawn(tmp_path: Path) -> 
 
 
 def test_unchanged_tensors_are_mapped_not_copied(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(native_file(tmp_path / "native.safetensors", native_state()))
+    checkpoint = Checkpoint.open(native_file(tmp_path / "native.safetensors", transformer_state()))
     module = load_transformer(checkpoint, detect(checkpoint), "cpu", torch.float32)
     for name, tensor in module.state_dict().items():
         assert tensor.data_ptr() == checkpoint.tensor(FAMILY.keys.to_native(name).name).data_ptr()
@@ -160,7 +160,7 @@ def test_fp8_scaled_stays_fp8_in_the_blocks_and_computes_as_its_dense_form(tmp_p
 
 
 def test_fp8_without_a_scale(tmp_path: Path) -> None:
-    state = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in native_state().items()}
+    state = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in transformer_state().items()}
     module = load(native_file(tmp_path / "fp8.safetensors", state))
     expected = load(native_file(tmp_path / "dense.safetensors", {name: tensor.float() for name, tensor in state.items()}))
     assert kinds(module)["blocks.0.attn1.to_q"] is FrozenLinear
@@ -169,8 +169,10 @@ def test_fp8_without_a_scale(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("keep_stored", "kind"), [(None, nn.Linear), (False, nn.Linear), (True, FrozenLinear)])
 def test_16_bit_on_the_cpu_is_dense_unless_asked(tmp_path: Path, keep_stored: bool | None, kind: type) -> None:
-    module = load(native_file(tmp_path / "fp16.safetensors", native_state(torch.float16)), keep_stored=keep_stored)
-    expected = load(native_file(tmp_path / "dense.safetensors", {name: tensor.half().float() for name, tensor in native_state().items()}))
+    module = load(native_file(tmp_path / "fp16.safetensors", transformer_state(torch.float16)), keep_stored=keep_stored)
+    expected = load(
+        native_file(tmp_path / "dense.safetensors", {name: tensor.half().float() for name, tensor in transformer_state().items()})
+    )
     assert {kind for name, kind in kinds(module).items() if name.startswith("blocks.")} == {kind}
     assert torch.equal(forward(module), forward(expected))
 
@@ -193,7 +195,7 @@ def test_fp8_scaled_runs_in_bfloat16_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_every_misfit_is_listed_at_once(tmp_path: Path) -> None:
-    state = native_state()
+    state = transformer_state()
     del state["blocks.1.ffn.2.bias"]
     state["blocks.0.ffn.0.bias"] = torch.zeros(65)
     state["blocks.0.cross_attn.k_img.bias"] = torch.zeros(256)
@@ -209,7 +211,7 @@ def test_every_misfit_is_listed_at_once(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_are_named_with_the_file(tmp_path: Path) -> None:
-    path = native_file(tmp_path / "model.safetensors", native_state() | {"blocks.0.strange.weight": torch.zeros(2)})
+    path = native_file(tmp_path / "model.safetensors", transformer_state() | {"blocks.0.strange.weight": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=r"no place for blocks\.0\.strange\.weight"):
         load(path)
 
@@ -220,7 +222,7 @@ def test_unknown_keys_are_named_with_the_file(tmp_path: Path) -> None:
 def test_native_vae_file_and_diffusers_folder_give_the_same_module(tmp_path: Path) -> None:
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "model" / "vae")
-    state = FAMILY.vae_keys.native_state(vae.state_dict())
+    state = native_state(vae.state_dict(), FAMILY.vae_keys)
     torch.save(state, tmp_path / "vae.pth")
     native_file(tmp_path / "prefixed.safetensors", {f"first_stage_model.{name}": tensor for name, tensor in state.items()})
     paths = [native_file(tmp_path / "vae.safetensors", state), tmp_path / "vae.pth", tmp_path / "prefixed.safetensors", tmp_path / "model"]
@@ -234,12 +236,12 @@ def test_native_vae_file_and_diffusers_folder_give_the_same_module(tmp_path: Pat
 
 
 def test_a_half_precision_vae_runs_in_float32(tmp_path: Path) -> None:
-    state = {name: tensor.half() for name, tensor in FAMILY.vae_keys.native_state(tiny_vae().state_dict()).items()}
+    state = {name: tensor.half() for name, tensor in native_state(tiny_vae().state_dict(), FAMILY.vae_keys).items()}
     loaded = load_vae(Checkpoint.open(native_file(tmp_path / "vae.safetensors", state), "vae"), FAMILY, "cpu")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
 def test_a_transformer_is_no_vae(tmp_path: Path) -> None:
-    path = native_file(tmp_path / "native.safetensors", native_state())
+    path = native_file(tmp_path / "native.safetensors", transformer_state())
     with pytest.raises(CheckpointError, match=r"native\.safetensors is no VAE of Wan"):
         load_vae(Checkpoint.open(path, "vae"), FAMILY, "cpu")
