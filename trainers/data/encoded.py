@@ -77,10 +77,13 @@ class Encoded:
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
     def save(self) -> None:
-        """Write `encoded.json`; an older one is replaced."""
+        """Write `encoded.json`; an older one is replaced, and stays to be opened by its identity."""
         values = {"schema_version": SCHEMA_VERSION, "cache": self._cache_path(), **self._content()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / FILE_NAME, json.dumps(values, sort_keys=True, indent=1) + "\n")
+        text = json.dumps(values, sort_keys=True, indent=1) + "\n"
+        version = _version_path(self.folder, self.identity)
+        version.parent.mkdir(parents=True, exist_ok=True)
+        _replace(version, text)
+        _replace(self.folder / FILE_NAME, text)
 
     def latents_CFHW(self, item: EncodedItem) -> torch.Tensor:
         """Normalised latents of an item, float32. Raises DatasetError when its file is missing or damaged."""

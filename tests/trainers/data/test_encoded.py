@@ -39,7 +39,16 @@ def test_a_save_that_fails_leaves_the_old_content_and_nothing_beside_it(tmp_path
     with pytest.raises(OSError, match="no"):
         make(tmp_path, ()).save()
     assert Encoded.open(tmp_path).items == (ITEM,)
-    assert [path.name for path in tmp_path.iterdir()] == ["encoded.json"]
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert names == ["encoded.json", "versions", f"versions/{make(tmp_path).identity}.json"]
+
+
+def test_what_was_replaced_is_opened_by_its_identity(tmp_path: Path):
+    first, second = make(tmp_path), make(tmp_path, (ITEM, ITEM))
+    first.save()
+    second.save()
+    assert Encoded.open(tmp_path) == second
+    assert Encoded.open(tmp_path, first.identity) == first
 
 
 def test_a_folder_may_move_and_a_shared_cache_stays_where_it_is(tmp_path: Path):
