@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -95,13 +95,14 @@ class Variant:
 class Detection:
     """What a file's header says: the variants it may be (the likeliest first) and the transformer's full config.
 
-    `notes` are sentences for the user about what the tensors cannot tell.
+    `notes` are sentences for the user about what the tensors cannot tell; `reason` is what the choice was made by.
     """
 
     family: Family
     variants: tuple[Variant, ...]
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    reason: str = ""
 
     @property
     def variant(self) -> Variant:
@@ -245,7 +246,7 @@ def detect(checkpoint: Checkpoint, variant_id: str | None = None) -> Detection:
             return detection
         chosen = [variant for variant in detection.variants if variant.id == variant_id]
         if chosen:
-            return Detection(family, tuple(chosen), detection.config, detection.notes)
+            return replace(detection, variants=tuple(chosen))
         can_be = ", ".join(variant.id for variant in detection.variants)
         raise CheckpointError(
             Problem(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,13 +41,22 @@ class MasterLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, self.weight.to(input.dtype))
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MasterLinear:
+        """Moves the weight where `fn` moves tensors, in float32: `.to(dtype)` of the transformer does not reach it."""
+
+        def moved(weight: torch.Tensor) -> torch.Tensor:
+            return fn(weight) if weight.is_meta else weight.to(fn(weight.new_empty(0)).device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
 
 def inject(transformer: nn.Module, family: Family, spec: LoraSpec, seed: int, *, device: torch.device | None = None) -> list[nn.Parameter]:
     """Freeze the transformer, put a LoRA on its target Linears, and return the parameters to train.
 
     A is uniform in +-1/sqrt(I), B is zero: the output is unchanged. Each A depends on `seed` and its module's name only;
     no global generator is touched. `device` is where the parameters live; None: beside each base weight (CPU for a base
-    on meta). Cast the transformer before, not after: `.to(dtype)` would cast the masters too.
+    on meta).
 
     Raises LoraError when no Linear matches or the transformer has a LoRA already.
     """

@@ -17,8 +17,6 @@ import torch
 from .adapter import LoraPair
 from .keytable import Place
 
-_ULPS_SEARCHED = 2
-
 
 def fold(pair: LoraPair) -> LoraPair:
     """The same update with scale 1. B keeps its dtype if the product is exact in it, else it is float32."""
@@ -33,7 +31,7 @@ def unfold(pair: LoraPair, alpha: float, dtype: torch.dtype) -> LoraPair:
     """A pair with `alpha` and B in `dtype` that folds to exactly the bits of `pair` (whose scale is 1).
 
     Scales that are powers of two divide exactly. For any other, several float32 B can fold to the same bits, or none: one
-    within a unit or two in the last place of the quotient is taken, or `pair` itself is returned if there is none.
+    within a unit in the last place of the quotient is taken, or `pair` itself is returned if there is none.
     """
     guess = LoraPair(pair.down_RI, (pair.up_OR.float() / (alpha / pair.rank)).to(dtype), alpha)
     if dtype == torch.float32:
@@ -80,14 +78,16 @@ def split(pair: LoraPair, places: Sequence[Place]) -> dict[str, LoraPair]:
     return {place.name: LoraPair(pair.down_RI, pair.up_OR[place.rows(pair.up_OR.shape[0])], pair.alpha) for place in places}
 
 
-def _preimage(near: torch.Tensor, folded: torch.Tensor, scale: float) -> torch.Tensor:
-    """`near`, moved by at most two units in the last place wherever that makes it fold to `folded`."""
-    found = near
+def _preimage(quotient: torch.Tensor, folded: torch.Tensor, scale: float) -> torch.Tensor:
+    """`quotient`, moved by a unit in the last place wherever that makes it fold to `folded`.
+
+    The quotient itself does, except where `folded` is a power of two: the floats below it lie twice as close as those
+    above, and the quotient may fall on the near side while only the far one folds back.
+    """
+    found = quotient
     for direction in (math.inf, -math.inf):
-        moved = near
-        for _ in range(_ULPS_SEARCHED):
-            moved = torch.nextafter(moved, torch.tensor(direction))
-            found = torch.where((found * scale != folded) & (moved * scale == folded), moved, found)
+        moved = torch.nextafter(quotient, torch.tensor(direction))
+        found = torch.where((found * scale != folded) & (moved * scale == folded), moved, found)
     return found
 
 

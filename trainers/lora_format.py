@@ -67,7 +67,7 @@ def write_lora(
     modules = dict(adapter.modules)
     record = {}
     if form != "kohya":
-        record = _unfold_record(modules)
+        record = _recorded(modules)
         modules = {name: fold(pair) for name, pair in modules.items()}
     spelled = modules if form == "diffusers" else _native_pairs(modules, family)
     try:
@@ -158,7 +158,7 @@ def _pairs(spelled: Spelled, tensors: Mapping[str, torch.Tensor]) -> dict[str, L
 def _as_trained(modules: dict[str, LoraPair], metadata: Mapping[str, str], path: Path) -> dict[str, LoraPair]:
     """Give back what the file's metadata say: our record of folding, or peft's alpha, which the file left out."""
     if UNFOLD_KEY in metadata:
-        record = json_object(metadata[UNFOLD_KEY], UNFOLD_KEY, path)
+        record = unfold_record(metadata, path)
         return {name: _unfolded(name, pair, record) for name, pair in modules.items()}
     config = _peft_config(metadata, path)
     return {name: LoraPair(pair.down_RI, pair.up_OR, _peft_alpha(config, name, pair)) for name, pair in modules.items()}
@@ -168,6 +168,16 @@ def _unfolded(name: str, pair: LoraPair, record: Mapping[str, Any]) -> LoraPair:
     alpha = record.get("alpha", pair.rank)
     alpha = alpha.get(name, pair.rank) if isinstance(alpha, dict) else alpha
     return unfold(pair, alpha, _NARROW.get(record.get("dtype", ""), pair.up_OR.dtype)) if pair.scale == 1.0 else pair
+
+
+def unfold_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """What folding hid, by the file's metadata; empty if nothing. Raises LoraError when the record is damaged."""
+    record = json_object(metadata.get(UNFOLD_KEY, "{}"), UNFOLD_KEY, path)
+    alpha = record.get("alpha", {})
+    if not all(isinstance(value, float) and value > 0 for value in (alpha.values() if isinstance(alpha, dict) else [alpha])):
+        problem = Problem(f"{path.name}: {UNFOLD_KEY} has alpha {alpha}", "alphas are positive numbers", "Use an undamaged file.")
+        raise LoraError(str(problem))
+    return record
 
 
 def json_object(text: str, key: str, path: Path) -> dict[str, Any]:
@@ -198,7 +208,7 @@ def _peft_alpha(config: Mapping[str, Any], name: str, pair: LoraPair) -> float:
     return float(alpha * math.sqrt(pair.rank)) if config.get("use_rslora") else float(alpha)
 
 
-def _unfold_record(modules: Mapping[str, LoraPair]) -> dict[str, str]:
+def _recorded(modules: Mapping[str, LoraPair]) -> dict[str, str]:
     """The metadata that let `unfold` go back; none where folding changes nothing."""
     if all(pair.scale == 1.0 for pair in modules.values()):
         return {}

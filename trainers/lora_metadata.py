@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .family import Family, Variant
-from .lora_format import UNFOLD_KEY, check_shapes, json_object, read_header
+from .lora_format import check_shapes, read_header, unfold_record
 from .lora_keys import Form, family_of_lora, parse
 
 _OURS = "video_trainer."
+_BLOCK = re.compile(r"(?P<block>\w+\.\d+)\.(?P<part>.+)")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def describe(path: Path) -> LoraDescription:
     family, members = family_of_lora(spelled, None, path.name)
     check_shapes(spelled, header.shapes, path.name)
     names = [place.name for places in members.values() for place in places]
+    matches = [_BLOCK.match(name) for name in names]
     ranks = {module: header.shapes[keys["down"]][0] for module, keys in spelled.modules.items()}
     alphas = {header.alphas[keys["alpha"]] if "alpha" in keys else float(ranks[module]) for module, keys in spelled.modules.items()}
     step = header.metadata.get(f"{_OURS}step", "")
@@ -103,8 +105,8 @@ def describe(path: Path) -> LoraDescription:
         ranks=tuple(sorted(set(ranks.values()))),
         alphas=tuple(sorted(_folded_alphas(header.metadata, path) or alphas)),
         modules=len(names),
-        blocks=len({match.group() for name in names if (match := _BLOCK.match(name))}),
-        parts=tuple(sorted({_BLOCK.sub("", name) for name in names})),
+        blocks=len({match["block"] for match in matches if match}),
+        parts=tuple(sorted({match["part"] if match else name for name, match in zip(names, matches, strict=True)})),
         trigger_words=_trigger_words(header.metadata),
         base=header.metadata.get(f"{_OURS}base") or header.metadata.get("ss_sd_model_name"),
         variant=header.metadata.get(f"{_OURS}variant") or header.metadata.get("ss_base_model_version"),
@@ -112,20 +114,19 @@ def describe(path: Path) -> LoraDescription:
     )
 
 
-_BLOCK = re.compile(r"\w+\.\d+\.")
-
-
 def _folded_alphas(metadata: Mapping[str, str], path: Path) -> set[float]:
     """The alphas that were folded into B; none if nothing was."""
-    alpha = json_object(metadata.get(UNFOLD_KEY, "{}"), UNFOLD_KEY, path).get("alpha", {})
+    alpha = unfold_record(metadata, path).get("alpha", {})
     return set(alpha.values()) if isinstance(alpha, dict) else {alpha}
 
 
 def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    if f"{_OURS}trigger_words" in metadata:
-        return tuple(json.loads(metadata[f"{_OURS}trigger_words"]))
+    """Our list, else the phrase of another trainer."""
     phrase = metadata.get("modelspec.trigger_phrase", "")
-    return (phrase,) if phrase else ()
+    try:
+        return tuple(str(word) for word in json.loads(metadata[f"{_OURS}trigger_words"]))
+    except (KeyError, TypeError, ValueError):
+        return (phrase,) if phrase else ()
 
 
 def _either(values: Sequence[float]) -> str:

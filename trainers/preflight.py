@@ -8,10 +8,13 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import pick_device
-from .errors import JobError, MissingPackage, Problem, ProblemsError, VideoTrainerError
-from .family import Detection, detect
+from .errors import JobError, MissingPackage, Problem, ProblemsError, RunError, VideoTrainerError
+from .family import Detection, LatentSpec, detect, family_of
 from .job import Job
+from .lora_metadata import describe
 from .optimizers import check_installed
+from .previews import negative_prompt
+from .run import find_run
 
 
 def check(job: Job) -> None:
@@ -43,18 +46,24 @@ def find_problems(job: Job) -> Iterator[Problem]:
 
 
 def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> Iterator[Problem]:
-    if detection and encoded.family != detection.family.id:
+    if detection and _latents_of(encoded.variant) != (detection.family.id, detection.family.latent(detection.variant)):
         yield Problem(
-            f"the data set was encoded for {encoded.family}, the base is {detection.family.id}",
-            "latents belong to one family's VAE",
-            "Encode it again with this base.",
+            f"the data set was encoded for {encoded.variant}, the base is {detection.variant.id}",
+            "latents belong to one VAE",
+            "Encode it again for this base.",
         )
+    yield from encoded.problems()
     if not any(not item.held_out for item in encoded.items):
         yield Problem(
             "the data set has no clip to train on", "at least one clip must not be held out", "Add clips, or lower the held-out share."
         )
     if job.caption_dropout and "" not in encoded.prompts:
         yield Problem(f"caption_dropout is {job.caption_dropout}", 'the empty caption "" must be encoded', "Encode the data set again.")
+
+
+def _latents_of(variant_id: str) -> tuple[str, LatentSpec]:
+    family, variant = family_of(variant_id)
+    return family.id, family.latent(variant)
 
 
 def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -> Iterator[Problem]:
@@ -73,26 +82,36 @@ def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -
         except VideoTrainerError as error:
             yield from _problems("base.vae", error)
     yield from detection.family.latent(detection.variant).problems(spec.num_frames, spec.height, spec.width)
-    missing = [prompt for prompt in spec.prompts if encoded and prompt not in encoded.prompts]
-    for prompt in missing:
-        yield Problem(
-            f"the preview prompt {prompt!r} is not encoded",
-            "prompts are encoded with the data set",
-            f'Encode again with --prompt "{prompt}".',
-        )
+    negative = negative_prompt(spec, detection.family, detection.variant)
+    for prompt in (*spec.prompts, negative):
+        if encoded and prompt not in encoded.prompts:
+            remedy = f'Encode again with --prompt "{prompt}".'
+            yield Problem(f"the preview prompt {prompt!r} is not encoded", "prompts are encoded with the data set", remedy)
 
 
 def _check_start(job: Job) -> None:
-    from .lora_format import read_lora_rank
-    from .training import extended_folder
-
     if job.start.extends:
         extended_folder(job)
     if job.start.initial_lora:
-        rank = read_lora_rank(Path(job.start.initial_lora))
-        if rank != job.lora.rank:
-            rule = f"{Path(job.start.initial_lora).name} has rank {rank}, and a run goes on with it"
-            raise JobError(Problem(f"lora.rank is {job.lora.rank}", rule, f"Use {rank}."))
+        path = Path(job.start.initial_lora)
+        if (ranks := describe(path).ranks) != (job.lora.rank,):
+            found = " and ".join(map(str, ranks))
+            raise JobError(
+                Problem(f"lora.rank is {job.lora.rank}", f"{path.name} has rank {found}, and a run goes on with it", f"Use {found}.")
+            )
+
+
+def extended_folder(job: Job) -> Path:
+    """The checkpoint that `start.extends` names. Raises RunError when it is not there."""
+    assert job.start.extends is not None
+    name, _, step = job.start.extends.rpartition("@")
+    if not name or not step.isdigit():
+        raise RunError(f"start.extends is {job.start.extends!r}; it must be RUN@STEP, as in my-run@500.")
+    other = find_run(Path(job.runs_folder), name)
+    if int(step) not in other.checkpoints():
+        there = ", ".join(str(s) for s in other.checkpoints()) or "none"
+        raise RunError(f"start.extends is {job.start.extends!r}; that run keeps checkpoints of steps {there}. Use one of them.")
+    return other.checkpoint_folder(int(step))
 
 
 def _problems(field: str, error: VideoTrainerError) -> list[Problem]:

@@ -13,7 +13,6 @@ from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
-from .errors import RunError
 from .family import Family, Variant, detect
 from .job import Job
 from .load import load_transformer
@@ -21,8 +20,8 @@ from .lora import adapter_state, inject, load_adapter_state
 from .lora_format import read_lora, write_lora
 from .lora_metadata import lora_metadata
 from .optimizers import build_optimizer
-from .preflight import check
-from .run import Run, find_run
+from .preflight import check, extended_folder
+from .run import Run
 from .state import Position, check_position, read_adapter, read_optimizer, read_position, save_state
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def open_training(run: Run) -> Training:
     accelerator = _accelerator(run, device, precision)
     checkpoint = Checkpoint.open(job.base.transformer)
     detection = detect(checkpoint, job.base.variant)
-    transformer = load_transformer(checkpoint, detection, accelerator.device, DTYPES[precision])
+    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, DTYPES[precision])
     parameters = inject(transformer, detection.family, job.lora, job.seed)
     if job.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -160,19 +159,6 @@ def _load_checkpoint(training: Training, folder: Path) -> None:
     training.step = position.step
 
 
-def extended_folder(job: Job) -> Path:
-    """The checkpoint that `start.extends` names. Raises RunError when it is not there."""
-    assert job.start.extends is not None
-    name, _, step = job.start.extends.rpartition("@")
-    if not name or not step.isdigit():
-        raise RunError(f"start.extends is {job.start.extends!r}; it must be RUN@STEP, as in my-run@500.")
-    other = find_run(Path(job.runs_folder), name)
-    if int(step) not in other.checkpoints():
-        there = ", ".join(str(s) for s in other.checkpoints()) or "none"
-        raise RunError(f"start.extends is {job.start.extends!r}; that run keeps checkpoints of steps {there}. Use one of them.")
-    return other.checkpoint_folder(int(step))
-
-
 def _accelerator(run: Run, device: torch.device, precision: str) -> Accelerator:
     """Accelerate's object for processes, loss scaling and trackers; autocast stays off (the adapter casts by itself)."""
     from accelerate import Accelerator
@@ -189,10 +175,10 @@ def _accelerator(run: Run, device: torch.device, precision: str) -> Accelerator:
     )
 
 
-def _trackers(job: Job) -> list[str]:
+def _trackers(job: Job) -> list[str] | None:
     from accelerate.utils import is_tensorboard_available
 
-    return ["tensorboard"] if job.tensorboard and is_tensorboard_available() else []
+    return ["tensorboard"] if job.tensorboard and is_tensorboard_available() else None
 
 
 def _start_trackers(training: Training) -> None:

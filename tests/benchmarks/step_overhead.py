@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "trainers")]
+
+from tiny import TinyShape, tiny_job
 
 from trainers.checkpoint import Checkpoint
-from trainers.load import load_transformer
-
-from tests.trainers.tiny import TinyShape, tiny_job
 from trainers.family import detect
+from trainers.load import load_transformer
 from trainers.run import Run
 from trainers.trainer import optimize, report
 from trainers.training import open_training

@@ -1,41 +1,26 @@
-"""The real worker, started by path, with stand-ins for the trainer (and, but for one test, for the device).
+"""The guarded worker with stand-ins for the trainer and (but for one test) the device.
 
-A job's first trigger word says what its training does. No socket may be used: the process dies with exit code 99.
+A job's first trigger word says what its training does.
 """
 
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
-FORBIDDEN = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "urllib.Request")
-
-
-def _no_network(event: str, arguments: tuple[object, ...]) -> None:
-    if event in FORBIDDEN:
-        print(f"NETWORK: {event} {arguments[1:]}", flush=True)
-        os._exit(99)
+sys.path.insert(0, str(Path(__file__).parent))
+from guarded_worker import forbid_network, run_worker
 
 
-def _train(run) -> str:  # type: ignore[no-untyped-def]
-    from trainers.errors import JobError, Problem
-
+def _train(run: Any) -> str:
     behaviour = run.job.trigger_words[0]
-    if behaviour == "fails for the user":
-        raise JobError(Problem("num_frames is 80", "Wan needs 4n+1", "Use 77 or 81."))
-    if behaviour == "fails":
-        raise ZeroDivisionError("nobody divides by zero")
-    if behaviour == "calls home":
-        import socket
-
-        socket.create_connection(("127.0.0.1", 9))
-    for step in range(1, (run.job.steps or 1) + 1):
+    _misbehave(behaviour)
+    for step in range(1, run.job.steps + 1):
         run.metrics(step=step, loss=1.0 / step, seconds=0.01)
         if behaviour == "is killed" and step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -48,14 +33,26 @@ def _train(run) -> str:  # type: ignore[no-untyped-def]
     return "done"
 
 
+def _misbehave(behaviour: str) -> None:
+    from trainers.errors import JobError, Problem
+
+    if behaviour == "fails for the user":
+        raise JobError(Problem("num_frames is 80", "Wan needs 4n+1", "Use 77 or 81."))
+    if behaviour == "fails":
+        raise ZeroDivisionError("nobody divides by zero")
+    if behaviour == "calls home":
+        import socket
+
+        socket.create_connection(("127.0.0.1", 9))
+
+
 if __name__ == "__main__":
-    sys.addaudithook(_no_network)
-    stand_in = types.ModuleType("trainers.trainer")
-    stand_in.train = _train  # type: ignore[attr-defined]
-    sys.modules["trainers.trainer"] = stand_in
+    forbid_network()
+    trainer = types.ModuleType("trainers.trainer")
+    trainer.train = _train  # type: ignore[attr-defined]
+    sys.modules["trainers.trainer"] = trainer
     if "real-device" not in sys.argv[1]:
-        no_torch = types.ModuleType("trainers.device")
-        no_torch.pick_device = lambda job: "cpu"  # type: ignore[attr-defined]
-        sys.modules["trainers.device"] = no_torch
-    sys.path[:0] = [str(ROOT / "trainers")]  # as if Python had been given the path of the worker itself
-    runpy.run_path(str(ROOT / "trainers" / "worker.py"), run_name="__main__")
+        device = types.ModuleType("trainers.device")
+        device.pick_device = lambda job: "cpu"  # type: ignore[attr-defined]
+        sys.modules["trainers.device"] = device
+    run_worker()

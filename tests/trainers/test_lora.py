@@ -14,6 +14,7 @@ from trainers.errors import LoraError
 from trainers.family import LoraTargets
 from trainers.job import LoraSpec
 from trainers.lora import MasterLinear, adapter_state, inject, load_adapter_state, set_enabled, without_lora
+from trainers.offload.linear import FrozenLinear
 
 FAMILY: Any = SimpleNamespace(
     title="Small",
@@ -138,24 +139,31 @@ def test_masters_are_float32_and_activations_keep_their_dtype(dtype: torch.dtype
     assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32 for p in parameters)
 
 
-class StoredInEightBits(nn.Linear):
-    """A base Linear that keeps float8 weights and computes in its input's dtype."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
-
-
-def test_an_eight_bit_base_gets_float32_masters() -> None:
-    model = Small()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_eight_bit_base_gets_float32_masters(dtype: torch.dtype) -> None:
+    model = Small().to(dtype)
     for block in model.blocks:
-        for name in list(block.attn1):
-            stored = StoredInEightBits(8, 8)
-            stored.weight = nn.Parameter(stored.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-            block.attn1[name] = stored
+        for name, linear in list(block.attn1.items()):
+            stored = (linear.weight.detach() / 0.01).to(torch.float8_e4m3fn)
+            block.attn1[name] = FrozenLinear(stored, linear.bias.detach(), torch.tensor(0.01))
+    x = torch.randn(3, 8, dtype=dtype)
+    before = model(x)
     parameters = inject(model, FAMILY, SPEC, seed=0)
+    assert len(parameters) == 16
     assert {p.dtype for p in parameters} == {torch.float32}
-    model(torch.randn(3, 8)).square().mean().backward()
+    assert torch.equal(model(x), before)
+    model(x).float().square().mean().backward()
     assert all(p.grad is not None for p in parameters)
+
+
+def test_casting_the_transformer_does_not_reach_the_masters() -> None:
+    model = Small()
+    parameters = inject(model, FAMILY, SPEC, seed=0)
+    before = [parameter.detach().clone() for parameter in parameters]
+    model.to(torch.bfloat16).float().half()
+    assert next(model.blocks[0].ffn.net[0].parameters()).dtype == torch.float16
+    assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
 
 
 def test_a_base_on_meta_gets_masters_on_the_cpu() -> None:

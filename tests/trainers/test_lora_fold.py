@@ -57,6 +57,16 @@ def test_float32_unfolds_to_what_folds_to_the_same_bits(alpha: float) -> None:
     assert apart.max() <= 1, "a unit in the last place is all that folding may hide"
 
 
+@pytest.mark.parametrize(("alpha", "rank", "value"), [(11.0, 94, 8.545454978942871), (3.0, 23, 7.6666669845581055)])
+def test_a_product_that_is_a_power_of_two_unfolds_too(alpha: float, rank: int, value: float) -> None:
+    """Found by search: here the rounded quotient does not fold back."""
+    pair = LoraPair(torch.ones(rank, 1), torch.full((2, rank), value), alpha)
+    folded = fold(pair)
+    assert (folded.up_OR == 1.0).all()
+    assert (folded.up_OR / pair.scale * pair.scale != 1.0).all()
+    assert _same(unfold(folded, alpha, torch.float32), pair)
+
+
 def test_what_no_b_folds_to_stays_folded() -> None:
     gap = fold(LoraPair(torch.ones(4, 1), torch.full((1, 4), 1.0), 5.3))
     holes = torch.nextafter(gap.up_OR, torch.tensor(9.0)).repeat(64, 1)

@@ -261,6 +261,16 @@ def test_the_alpha_that_peft_writes_beside_the_file(tmp_path: Path) -> None:
     assert read_lora(tmp_path / "adapter_model.safetensors").modules["blocks.0.attn1.to_q"].alpha == 2.0
 
 
+def test_an_alpha_that_was_added_later_counts_and_the_record_does_not(tmp_path: Path) -> None:
+    write_lora(tmp_path / "a.safetensors", _adapter(["blocks.0.attn1.to_q"], 8, 2.0), WAN)
+    tensors = load_file(tmp_path / "a.safetensors") | {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(4.0)}
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        library_save_file(tensors, tmp_path / "b.safetensors", file.metadata())
+    pair = read_lora(tmp_path / "b.safetensors").modules["blocks.0.attn1.to_q"]
+    assert pair.alpha == 4.0
+    assert torch.equal(pair.up_OR, tensors["diffusion_model.blocks.0.self_attn.q.lora_B.weight"])
+
+
 def test_the_order_of_modules_and_metadata_does_not_matter(tmp_path: Path) -> None:
     adapter = _adapter(FUSED_NAMES)
     other = Adapter(dict(reversed(adapter.modules.items())), dict(reversed(adapter.metadata.items())))

@@ -14,7 +14,7 @@ from trainers.adapter import Adapter, LoraPair
 from trainers.errors import LoraError
 from trainers.families.wan import FAMILY as WAN
 from trainers.family import Variant
-from trainers.lora_format import Form, write_lora
+from trainers.lora_format import Form, read_lora, write_lora
 from trainers.lora_metadata import describe, lora_metadata
 
 VARIANT = Variant("wan2.1-t2v-1.3b", "Wan 2.1 T2V 1.3B")
@@ -36,7 +36,7 @@ def _metadata(**changes: Any) -> dict[str, str]:
 
 
 def _adapter() -> Adapter:
-    names = [f"blocks.{i}.{part}" for i in range(3) for part in ("attn1.to_q", "ffn.net.2")]
+    names = [f"blocks.{i}.{part}" for i in range(3) for part in ("attn1.to_q", "ffn.net.0.proj")]
     return Adapter({name: LoraPair(torch.zeros(8, 6), torch.ones(5, 8), 4.0) for name in names})
 
 
@@ -73,7 +73,7 @@ def test_a_file_is_described_whatever_its_form(tmp_path: Path, form: Form) -> No
     write_lora(path, _adapter(), WAN, form, _metadata())
     found = describe(path)
     assert (found.family, found.form, found.ranks, found.alphas) == (WAN.title, form, (8,), (4.0,))
-    assert (found.modules, found.blocks, found.parts) == (6, 3, ("attn1.to_q", "ffn.net.2"))
+    assert (found.modules, found.blocks, found.parts) == (6, 3, ("attn1.to_q", "ffn.net.0.proj"))
     assert (found.trigger_words, found.base, found.variant) == (
         ("bo ünce", "ball"),
         "wan2.1_t2v_1.3B_bf16.safetensors",
@@ -97,13 +97,15 @@ def test_a_stranger_s_file_is_described_too(tmp_path: Path) -> None:
     assert (found.form, found.ranks, found.alphas, found.base, found.step) == ("kohya", (2,), (1.5,), None, None)
 
 
-def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", ["[1", "[1]", '{"alpha": "much"}', '{"alpha": {"blocks.0.attn1.to_q": -1.0}}'])
+def test_a_damaged_record_is_an_error(tmp_path: Path, record: str) -> None:
     write_lora(tmp_path / "a.safetensors", _adapter(), WAN, "native", {})
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    library_save_file(tensors, tmp_path / "b.safetensors", {"video_trainer.unfold": "[1"})
-    with pytest.raises(LoraError, match=r"b\.safetensors: video_trainer\.unfold is '\[1'"):
-        describe(tmp_path / "b.safetensors")
+    library_save_file(tensors, tmp_path / "b.safetensors", {"video_trainer.unfold": record})
+    for read in (describe, read_lora):
+        with pytest.raises(LoraError, match=r"b\.safetensors: video_trainer\.unfold"):
+            read(tmp_path / "b.safetensors")
 
 
 def test_a_lora_of_no_known_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import TinyShape, tiny_job
 
 from trainers.run import Run
 from trainers.training import lora_path
-
-from .tiny import TinyShape, tiny_job
 
 WORKER = Path(__file__).parents[2] / "trainers" / "worker.py"
 KILL_AT_RENAME = Path(__file__).parent / "kill_at_rename.py"

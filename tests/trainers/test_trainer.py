@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TinyShape, tiny_job, write_encoded
 
 from trainers.errors import JobError, RunError, VideoTrainerError
 from trainers.run import Run
 from trainers.trainer import train
 from trainers.training import lora_path
-
-from .tiny import TinyShape, tiny_job, write_encoded
 
 SHAPE = TinyShape(layers=1)
 
@@ -43,17 +42,6 @@ def test_a_step_tells_what_was_promised(tmp_path):
     assert {"step", "epoch", "loss", "grad_norm", "lr", "sigma", "seconds"} <= set(first)
     assert last["held_out_loss"] == pytest.approx((last["held_out_loss_0.25"] + last["held_out_loss_0.75"]) / 2)
     assert run.status().total_steps == 2
-
-
-def test_accumulation_is_a_larger_batch(tmp_path):
-    """Two clips at once or one after the other: the same samples, the same gradient."""
-    norms = []
-    for name, sizes in (("at_once", {"batch_size": 2}), ("in_turn", {"accumulation": 2})):
-        (tmp_path / name).mkdir()
-        run = Run.create(tiny_job(tmp_path / name, TinyShape(layers=1), steps=3, caption_dropout=0.0, **sizes))
-        train(run)
-        norms.append([line["sigma"] for line in run.read_metrics()])
-    assert len(norms[0]) == len(norms[1]) == 3
 
 
 def test_stop_and_resume_is_the_straight_run(tmp_path):

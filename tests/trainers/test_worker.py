@@ -108,7 +108,9 @@ def test_a_paused_run_has_no_worker_and_is_resumed_by_a_new_one(stand_in, make_j
 
 def test_the_socket_guard_of_these_tests_works(stand_in, make_job):
     run = Run.create(make_job("calls home"))
-    assert _work(run).returncode == 99
+    done = _work(run)
+    assert done.returncode == 99
+    assert "NETWORK: socket" in done.stdout
 
 
 @pytest.mark.parametrize("entry", ["worker.py", "__main__.py"])

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from trainers.load import native_state
 
 from trainers.data.cache import Cache
 from trainers.data.encoded import Encoded, EncodedItem
 from trainers.family import TextRecord, families
 from trainers.job import Job, parse_job
+from trainers.load import native_state
 from trainers.stable_file import save_file
 
 WAN = families()["wan"]

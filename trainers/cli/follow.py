@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from typing import TextIO
 
@@ -17,9 +18,9 @@ _BAR_WIDTH = 24
 _EXIT_CODES = {"done": 0, "stopped": 3}
 
 
-def follow(run: Run, out: TextIO) -> int:
-    """Show a run's progress until it has no worker any more, and return the exit code of its outcome."""
-    display = _Display(out)
+def follow(run: Run, out: TextIO | None = None) -> int:
+    """Show a run's progress (on standard output) until it has no worker any more, and return the exit code of its outcome."""
+    display = _Display(out or sys.stdout)
     _, since = run.follow_events()
     while True:
         status = run.status()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,20 +11,20 @@ from ..errors import RunError
 from ..launch import last_log_lines, launch
 from ..run import Run, attach_or_create, find_run, list_runs, run_of
 from .follow import follow, one_line
+from .verbs import add_verb
 
 if TYPE_CHECKING:
     from ..job import Job
+    from .verbs import Verbs
 
 RUNS_FOLDER = "output/runs"
 _SHOWN_EVENTS = 8
 
-Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs to the parser."""
-    _add(verbs, "plan", plan, "check a job and say what it would train").add_argument("job", type=Path, metavar="JOB")
-    parser = _add(verbs, "train", train, "train a job in the background and follow it; the same job again attaches or resumes")
+    add_verb(verbs, "plan", plan, "check a job and say what it would train").add_argument("job", type=Path, metavar="JOB")
+    parser = add_verb(verbs, "train", train, "train a job in the background and follow it; the same job again attaches or resumes")
     parser.add_argument("job", type=Path, metavar="JOB", help="a .json or .toml file")
     parser.add_argument("--resume", action="store_true", help="only go on with a run that exists")
     parser.add_argument("--detach", action="store_true", help="return at once")
@@ -35,7 +34,7 @@ def add_verbs(verbs: Verbs) -> None:
         ("resume", resume, "go on with a paused, stopped, failed or interrupted run, in the background"),
         ("stop", stop, "stop a run after its current step; `resume` goes on from there"),
     ):
-        parser = _add(verbs, name, function, text)
+        parser = add_verb(verbs, name, function, text)
         parser.add_argument("run", metavar="RUN", nargs="?" if name == "status" else None, help="a run's name or folder")
         parser.add_argument("--runs", type=Path, default=Path(RUNS_FOLDER), metavar="DIR", help=f"where the runs are ({RUNS_FOLDER})")
 
@@ -71,7 +70,7 @@ def _start_and_follow(run: Run, how: str, detach: bool) -> int:
         print(_how_to_steer(run))
         return 0
     try:
-        code = follow(run, sys.stdout)
+        code = follow(run)
     except KeyboardInterrupt:
         print(f"\n{run.name} goes on in the background.\n{_how_to_steer(run)}")
         return 130
@@ -154,9 +153,3 @@ def _live_run(options: argparse.Namespace, what: str) -> Run:
     if not run.live:
         raise RunError(f"{run.name} is {run.status().state}; only a run with a worker can be {what}. There is nothing to do.")
     return run
-
-
-def _add(verbs: Verbs, name: str, function: object, text: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(verb=function)
-    return parser

@@ -6,6 +6,7 @@ downloaded. Running it again does only what is not done yet.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ def train(job: Job) -> Run:
     run, how = attach_or_create(job)
     if how in ("created", "resumed"):
         launch(run)
-    follow(run)
+    follow(run, sys.stdout)
     if (status := run.status()).state != "done":
         raise RunError(f"The demo's run is {status.state}: {status.message}. Run the demo again to go on.")
     return run

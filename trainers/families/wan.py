@@ -17,18 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, Problem
-from ..family import (
-    Conditions,
-    Detection,
-    Family,
-    LatentSpec,
-    LoraTargets,
-    ModelInput,
-    Sampling,
-    TextBatch,
-    TextRecord,
-    Variant,
-)
+from ..family import Conditions, Detection, Family, LatentSpec, LoraTargets, ModelInput, Sampling, TextBatch, TextRecord, Variant
 from ..keytable import KeyTable, Rename
 
 if TYPE_CHECKING:
@@ -206,12 +195,11 @@ class Wan:
         if not kind.trained:
             raise _not_trained(checkpoint, kind.variant.title)
         KEYS.map_file(shapes)
-        if kind.variant != _T2V_14B:
-            return Detection(FAMILY, (kind.variant,), config)
         version = _version_by_name(checkpoint.path)
-        if version == "2.2":
+        if kind.variant == _T2V_14B and version == "2.2":
             raise _not_trained(checkpoint, "Wan 2.2 T2V A14B, by its name")
-        return Detection(FAMILY, (kind.variant,), config, notes=() if version else (_A14B_NOTE,))
+        notes = (_A14B_NOTE,) if kind.variant == _T2V_14B and version is None else ()
+        return Detection(FAMILY, (kind.variant,), config, notes, _reason(config))
 
     def build(self, config: Mapping[str, Any]) -> torch.nn.Module:
         """See Family. The rope tables are computed, not stored in any file, and so are real tensors on the CPU."""
@@ -370,6 +358,12 @@ def _kind(config: Mapping[str, Any]) -> _Kind | None:
         if found == (kind.in_channels, kind.out_channels, kind.image_embedder, kind.last_frame) and kind.size in (None, size):
             return kind
     return None
+
+
+def _reason(config: Mapping[str, Any]) -> str:
+    width, blocks = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    image = "an" if config["image_dim"] else "no"
+    return f"{config['in_channels']} channels in, {config['out_channels']} out, {blocks} blocks of width {width}, {image} image embedder"
 
 
 def _version_by_name(path: Path) -> str | None:

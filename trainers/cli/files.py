@@ -1,0 +1,181 @@
+"""Verbs about files: demo, inspect, dataset, encode, convert."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import Problem, VideoTrainerError
+from .verbs import add_verb
+
+if TYPE_CHECKING:
+    from ..data.buckets import Geometry
+    from ..data.scan import Dataset
+    from ..family import Family, Variant
+    from .verbs import Verbs
+
+FORMS = ("native", "diffusers", "kohya")
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add this module's verbs to the parser."""
+    parser = add_verb(verbs, "demo", demo, "train a LoRA on a tiny model that comes with the package, and show what it learnt")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="where everything is written (build/demo)")
+    parser = add_verb(verbs, "inspect", inspect, "say what a model or LoRA file is, from its header")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file, a shard index or a folder")
+    parser = add_verb(verbs, "dataset", dataset, "say what a folder of clips would train on, and what is left out and why")
+    _add_data_options(parser)
+    parser = add_verb(verbs, "encode", encode, "encode clips and captions for training; what is encoded already stays")
+    _add_data_options(parser)
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="the VAE, if not the one in --base")
+    parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="the text encoder's folder, if not the one in --base")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="the tokenizer's folder, if not the one in --base")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a preview's prompt to encode too (repeatable)")
+    parser.add_argument("--negative", metavar="TEXT", help="a negative prompt to encode besides the model's own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder that a job names as `encoded`")
+    parser = add_verb(verbs, "convert", convert, "write a LoRA file in another form")
+    parser.add_argument("source", type=Path, metavar="IN")
+    parser.add_argument("target", type=Path, metavar="OUT")
+    parser.add_argument("--format", choices=FORMS, required=True, help="native: ComfyUI and diffusers; kohya: lora_unet_ names")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Run the demo into a folder."""
+    from ..demo import demo as show
+
+    show.run(options.out)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print what a file is."""
+    from ..inspection import inspect_file
+
+    print(inspect_file(options.file))
+
+
+def dataset(options: argparse.Namespace) -> None:
+    """Print what a folder would train on."""
+    from ..data.buckets import plan_windows
+    from ..data.report import report
+
+    family, variant = _model(options, default=True)
+    clips = _scan(options)
+    print(f"for {variant.title}, at most {options.size[0]}x{options.size[1]} and {options.frames} frames\n")
+    print(report(clips, plan_windows(clips, _geometry(options), family.latent(variant))), end="")
+
+
+def encode(options: argparse.Namespace) -> None:
+    """Encode a folder of clips."""
+    from ..encoders import encode_dataset
+    from ..folder_encoder import EncoderFiles, FolderEncoder
+
+    files = EncoderFiles.find(options.base, options.vae, options.text_encoder, options.tokenizer)
+    family, variant = _model(options, default=False)
+    encoder = FolderEncoder(family, variant, files, options.device)
+    prompts = [*options.prompt, *([options.negative] if options.negative else [])]
+    done = encode_dataset(_scan(options), _geometry(options), encoder, options.out, prompts=prompts, progress=Progress())
+    for item in done.rejected:
+        print(f"not used: {item.name}: {item.reason}")
+    print(f"{done}\n{options.out}")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write a LoRA in another form."""
+    from ..lora_format import convert as convert_file
+
+    convert_file(options.source, options.target, options.format)
+    print(options.target)
+
+
+class Progress:
+    """Called as progress(done, total, what): one line that is redrawn on a terminal, a line per tenth elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown: tuple[str, int] = ("", -1)
+        self._started = time.monotonic()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self._shown[0] != what:
+            self._shown, self._started = (what, -1), time.monotonic()
+        tenth = 10 * done // max(total, 1)
+        if not self._terminal and tenth == self._shown[1]:
+            return
+        self._shown = (what, tenth)
+        rate = done / max(time.monotonic() - self._started, 1e-3)
+        end = "\n" if done == total or not self._terminal else ""
+        print(f"{chr(13) if self._terminal else ''}{what}: {done}/{total}  {rate:.1f}/s", end=end, file=sys.stderr, flush=True)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="clips and images, each with a .txt caption of the same name")
+    model = parser.add_argument_group("model (one of these)")
+    model.add_argument("--base", type=Path, metavar="DIR", help="a diffusers folder")
+    model.add_argument("--transformer", type=Path, metavar="FILE", help="the transformer's file: its header says what it is")
+    model.add_argument("--variant", metavar="ID", help="the model's id, such as wan2.1-t2v-1.3b")
+    size = parser.add_argument_group("clips")
+    size.add_argument(
+        "--size", type=_size, default=(832, 480), metavar="WxH", help="pixels; each clip keeps its shape at this area (832x480)"
+    )
+    size.add_argument("--frames", type=int, default=81, metavar="N", help="frames of a clip, at most (81)")
+    size.add_argument("--fps", type=float, metavar="N", help="frames per second (the model's own)")
+    size.add_argument("--no-bucketing", action="store_true", help="crop all clips to --size instead of keeping their shape")
+    size.add_argument("--max-tokens", type=int, metavar="N", help="clips with more tokens become smaller")
+    size.add_argument("--clip-mode", choices=("first", "spread", "all"), default="first", help="which parts of a long video (first)")
+    size.add_argument("--clips-per-video", type=int, metavar="N", help="at most so many parts, for spread and all")
+    data = parser.add_argument_group("data set")
+    data.add_argument("--repeats", type=int, default=1, metavar="N", help="how often an epoch shows each clip (1)")
+    data.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="share of the clips to measure on, not train on (0)")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the clips that are held out (0)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; a size is WIDTHxHEIGHT in pixels, such as 832x480")
+    return int(match[1]), int(match[2])
+
+
+def _geometry(options: argparse.Namespace) -> Geometry:
+    from ..data.buckets import Geometry
+
+    width, height = options.size
+    return Geometry(
+        width=width,
+        height=height,
+        num_frames=options.frames,
+        fps=options.fps,
+        bucketing=not options.no_bucketing,
+        max_tokens=options.max_tokens,
+        clip_mode=options.clip_mode,
+        clips_per_video=options.clips_per_video,
+    )
+
+
+def _scan(options: argparse.Namespace) -> Dataset:
+    from ..data.scan import scan_folder
+
+    return scan_folder(options.folder, options.repeats, options.held_out, options.seed, Progress())
+
+
+def _model(options: argparse.Namespace, default: bool) -> tuple[Family, Variant]:
+    """The family and variant that the options name, or, with `default`, the first that is known."""
+    from ..checkpoint import Checkpoint
+    from ..family import detect, families, family_of
+
+    if options.variant and not options.transformer:
+        return family_of(options.variant)
+    if source := options.transformer or options.base:
+        found = detect(Checkpoint.open(source), options.variant)
+        return found.family, found.variant
+    if not default:
+        raise VideoTrainerError(
+            str(Problem("no model is given", "clips are encoded for one model", "Give --base, --transformer or --variant."))
+        )
+    family = next(iter(families().values()))
+    return family, family.variants[0]

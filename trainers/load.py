@@ -1,0 +1,178 @@
+"""A transformer or a VAE as a module, filled from a checkpoint: strictly, and with mapped tensors where nothing changes.
+
+`native_state` is the way back: the tensors of a module as a native file holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, KeyTableError, Problem
+from .family import Detection, Family
+from .keytable import KeyTable, Place
+from .offload.linear import FrozenLinear, dequantise
+from .quantisation import FP8_DTYPES
+
+
+def load_transformer(
+    checkpoint: Checkpoint,
+    detection: Detection,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    keep_stored: bool | None = None,
+) -> nn.Module:
+    """The frozen transformer, in eval mode, computing in `dtype`.
+
+    What its class wants in float32 is float32. Linears in the blocks that are stored in another dtype become
+    FrozenLinear, as they are stored; `keep_stored` False: dense in `dtype`; None: fp8 is kept, on a card also 16 bit
+    (never what is larger than `dtype`). Tensors that need no change of dtype or device are mapped from the file
+    read-only: clone them before writing.
+
+    Raises CheckpointError when a tensor is missing, unexpected or of another shape than the model's.
+    """
+    device, family = torch.device(device), detection.family
+    module = family.build(detection.config).requires_grad_(False).eval()
+    source = _Source(checkpoint, _places(checkpoint, family.keys, module), device)
+    kept = {name for name in _block_linears(module, family) if _is_kept(source, name, dtype, keep_stored)}
+    float32_parts = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    state: dict[str, torch.Tensor] = {}
+    for name in module.state_dict():
+        in_float32 = not float32_parts.isdisjoint(name.split("."))
+        stored = name.endswith(".weight") and name.removesuffix(".weight") in kept
+        state[name] = source.stored(name) if stored else source.dense(name, torch.float32 if in_float32 else dtype)
+    for name in kept:
+        frozen = FrozenLinear(state[f"{name}.weight"], state.get(f"{name}.bias"), source.scale(f"{name}.weight"))
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, frozen.eval())
+    return _filled(module, state, device)
+
+
+def load_vae(checkpoint: Checkpoint, family: Family, device: torch.device | str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The family's frozen VAE, in eval mode and in `dtype`; tensors are mapped as in `load_transformer`.
+
+    Raises CheckpointError when the checkpoint is no VAE of the family, or does not fit the model.
+    """
+    device = torch.device(device)
+    config = family.detect_vae(checkpoint)
+    if config is None:
+        raise CheckpointError(
+            Problem(f"{checkpoint.path.name} is no VAE of {family.title}", "it must be one", "Give the VAE's file or folder.")
+        )
+    module = family.build_vae(config).requires_grad_(False).eval()
+    source = _Source(checkpoint, _places(checkpoint, family.vae_keys, module), device)
+    return _filled(module, {name: source.dense(name, dtype) for name in module.state_dict()}, device)
+
+
+def native_state(state: Mapping[str, torch.Tensor], table: KeyTable) -> dict[str, torch.Tensor]:
+    """A module's state dict under native names, fused and swapped as the native file has it.
+
+    Raises KeyTableError for a name that no row matches, or when members of a fused tensor are missing.
+    """
+    pieces: dict[str, list[tuple[Place, torch.Tensor]]] = {}
+    for name, tensor in state.items():
+        place = table.to_native(name)
+        pieces.setdefault(place.name, []).append((place, tensor))
+    incomplete = [name for name, found in pieces.items() if sum(place.stop - place.start for place, _ in found) != found[0][0].total]
+    if incomplete:
+        raise KeyTableError(
+            Problem(f"parts of {', '.join(incomplete)} are missing", "a fused tensor is written whole", "Give the whole state dict.")
+        )
+    return {name: _joined(found) for name, found in pieces.items()}
+
+
+def _joined(pieces: list[tuple[Place, torch.Tensor]]) -> torch.Tensor:
+    """One native tensor of its pieces; the inverse of `Place.cut`."""
+    ordered = sorted(pieces, key=lambda piece: piece[0].start)
+    parts = [torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor for place, tensor in ordered]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The tensors of a checkpoint under the module's names."""
+
+    checkpoint: Checkpoint
+    places: Mapping[str, Place]
+    device: torch.device
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The tensor in its stored dtype, on the device."""
+        place = self.places[name]
+        return place.cut(self.checkpoint.tensor(place.name)).to(self.device)
+
+    def scale(self, name: str) -> torch.Tensor | None:
+        """What the stored tensor is to be multiplied with."""
+        place = self.places[name]
+        scale = self.checkpoint.scale(place.name.removesuffix(".weight")) if place.name.endswith(".weight") else None
+        return scale if scale is None or not scale.ndim else place.cut(scale).to(self.device)
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor's values in `dtype`, on the device."""
+        scale = self.scale(name)
+        return dequantise(self.stored(name), scale if scale is None or scale.ndim else float(scale), dtype)
+
+
+def _places(checkpoint: Checkpoint, table: KeyTable, module: nn.Module) -> Mapping[str, Place]:
+    """Where each tensor of the module lies in the checkpoint. Raises CheckpointError unless they fit one to one."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    named_as_module = len(expected.keys() & checkpoint.tensors.keys()) > len(expected) // 2
+    try:
+        places = {name: Place(name) for name in checkpoint.tensors} if named_as_module else table.map_file(checkpoint.tensors)
+    except KeyTableError as error:
+        raise KeyTableError(error.problems, subject=checkpoint.path.name) from None
+    found = {name: _shape(checkpoint.tensors[place.name].shape, place) for name, place in places.items()}
+    wrong = [f"{name} is {list(found[name])}, not {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
+    problems = [
+        Problem(f"{len(names)} tensors {what} ({_some(names)})", "the file must fit the model tensor by tensor", remedy)
+        for names, what, remedy in (
+            ([name for name in expected if name not in found], "are missing", "Download the file again."),
+            ([name for name in found if name not in expected], "are not of this model", "Check that it is the model you mean."),
+            (wrong, "have another shape", "Check that it is the model you mean."),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(problems, subject=checkpoint.path.name)
+    return places
+
+
+def _shape(native: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    if place.whole or not native or native[0] % place.total:
+        return native
+    rows = place.rows(native[0])
+    return (rows.stop - rows.start, *native[1:])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _block_linears(module: nn.Module, family: Family) -> Iterable[str]:
+    """Names of the Linears in the family's blocks: elsewhere the model's class looks at the dtype of weights."""
+    starts = tuple(f"{block}." for block in family.blocks)
+    return (name for name, child in module.named_modules() if name.startswith(starts) and type(child) is nn.Linear)
+
+
+def _is_kept(source: _Source, linear: str, dtype: torch.dtype, keep_stored: bool | None) -> bool:
+    """Whether a Linear stays as it is stored."""
+    place = source.places[f"{linear}.weight"]
+    stored = source.checkpoint.tensors[place.name].dtype
+    if stored == dtype and source.scale(f"{linear}.weight") is None:
+        return False
+    if keep_stored is None:
+        return stored in FP8_DTYPES or (source.device.type != "cpu" and stored.itemsize <= dtype.itemsize)
+    return keep_stored
+
+
+def _filled(module: nn.Module, state: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
+    """The module with the tensors themselves as its parameters. Buffers that no file stores are moved to the device."""
+    module.load_state_dict(dict(state), strict=True, assign=True)
+    module.to(device)
+    assert not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())), "a tensor was not filled"
+    return module

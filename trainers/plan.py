@@ -1,0 +1,107 @@
+"""What a job would train, from headers and shapes alone; and the last look at a job before it becomes a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint
+from .data.encoded import Encoded, EncodedItem
+from .data.order import Order
+from .family import Family, Variant, detect
+from .job import Job
+from .preflight import check
+
+Bucket = tuple[int, int, int]
+"""Frames, height and width in pixels."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job would train. `buckets` counts the training clips of a size, `tokens` is what the transformer sees of one."""
+
+    job: Job
+    family: Family
+    variant: Variant
+    clips: int
+    held_out: int
+    buckets: Mapping[Bucket, int]
+    tokens: Mapping[Bucket, int]
+    steps: int
+    steps_per_epoch: float
+    adapters: int
+    parameters: int
+
+    @property
+    def lora_bytes(self) -> int:
+        """Size of a LoRA file, which holds float32, without its header."""
+        return 4 * self.parameters
+
+    def __str__(self) -> str:
+        job = self.job
+        lines = [
+            f"{job.name}: a LoRA for {self.variant.title} ({self.variant.id})",
+            f"data     {self.clips} clips, {self.held_out} held out, from {job.encoded}",
+            *(
+                f"         {count} x {width}x{height}, {frames} frames: {self.tokens[frames, height, width]} tokens each"
+                for (frames, height, width), count in sorted(self.buckets.items(), reverse=True)
+            ),
+            f"steps    {self.steps} of {job.batch_size * job.accumulation} clips; {self.steps_per_epoch:.1f} are an epoch",
+            f"LoRA     rank {job.lora.rank} on {self.adapters} layers ({job.lora.targets.replace('_', ' ')}): "
+            f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB",
+            f"learning {job.optimizer.kind}, rate {job.optimizer.learning_rate:g}, {job.optimizer.schedule}",
+            f"output   {Path(job.loras_folder) / job.name}",
+        ]
+        return "\n".join(lines)
+
+
+def hand_over(job: Job) -> Job:
+    """The job as a run keeps it: checked, paths absolute, and tied to the encoded data as it is now.
+
+    Raises JobError with every problem.
+    """
+    job = job.with_absolute_paths(Path.cwd())
+    check(job)
+    return job.model_copy(update={"encoded_identity": Encoded.open(Path(job.encoded)).identity})
+
+
+def make_plan(job: Job) -> Plan:
+    """What the job would train. Raises JobError with every problem."""
+    check(job)
+    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    encoded = Encoded.open(Path(job.encoded))
+    training = [item for item in encoded.items if not item.held_out]
+    spec = detection.family.latent(detection.variant)
+    buckets = Counter(_bucket(item) for item in training)
+    order = Order([_bucket(item) for item in training], [item.repeats for item in training], job.batch_size, job.accumulation, job.seed)
+    adapters, parameters = _adapters(job, detection.family, detection.config)
+    return Plan(
+        job=job,
+        family=detection.family,
+        variant=detection.variant,
+        clips=len(training),
+        held_out=len(encoded.items) - len(training),
+        buckets=buckets,
+        tokens={bucket: spec.tokens(*bucket) for bucket in buckets},
+        steps=job.steps if job.steps is not None else order.steps(job.epochs or 1),
+        steps_per_epoch=order.micro_per_epoch / order.micro_per_step,
+        adapters=adapters,
+        parameters=parameters,
+    )
+
+
+def _bucket(item: EncodedItem) -> Bucket:
+    return item.num_frames, item.height, item.width
+
+
+def _adapters(job: Job, family: Family, config: Mapping[str, object]) -> tuple[int, int]:
+    """How many layers get an adapter, and how many parameters these have together; the base itself takes no memory."""
+    from .lora import inject
+
+    transformer = family.build(config)
+    parameters = inject(transformer, family, job.lora, job.seed, device=torch.device("meta"))
+    return len(parameters) // 2, sum(parameter.numel() for parameter in parameters)
