@@ -35,6 +35,9 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _DEMUXERS = "mov,matroska,gif,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 """Nothing else is opened: a playlist, whatever its name, could make FFmpeg open other files or the network."""
 
+_INDEXED_SUFFIXES = frozenset({".mp4", ".m4v", ".mov"})
+"""Their header says all that FFmpeg would find out of other containers by decoding: a 720p file opens in 4 ms, not 15."""
+
 _EARLY = 0.45
 """A frame may be shown this share of a frame early. Containers round times (Matroska to 1 ms, GIF to 10 ms); without it a
 24 fps file resampled to 24 fps would repeat and skip frames. Below one half, so that no usual ratio of rates is a tie."""
@@ -127,12 +130,15 @@ class _Nameless:
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream; FFmpeg's errors become DatasetErrors."""
+    options = {"format_whitelist": _DEMUXERS}
+    if path.suffix.lower() in _INDEXED_SUFFIXES:
+        options["skip_frame"] = "all"  # while it opens, not afterwards
     with open(path, "rb") as file:
         if not file.read(1):
             raise _unusable("the file is empty (0 bytes)", "a clip needs frames", "Copy it again.")
         file.seek(0)
         try:
-            with av.open(_Nameless(file), options={"format_whitelist": _DEMUXERS}) as container:
+            with av.open(_Nameless(file), options=options) as container:
                 opened = cast("InputContainer", container)
                 _check_gif_is_whole(file, opened)
                 yield opened, _video_stream(opened)
@@ -194,13 +200,19 @@ def _extent(container: InputContainer, stream: VideoStream) -> tuple[float, int]
     if not stated:  # streamed into the file: every packet is read, none decoded
         container.seek(0)
         return _packets_end(container, stream, rate)
-    indexed = container.format.name.startswith("mov")
+    indexed = container.format.name.startswith("mov") and stream.frames > 0
+    if not indexed:  # Matroska counts from zero, not from the first frame
+        stated -= _start_seconds(stream)
     end = _last_packet_end(container, stream, stated, rate, indexed)
     slack = (_REORDERED_FRAMES if indexed else 0.5) / rate + 0.02
     if end < stated - (slack if video_seconds else max(slack, _LONGER_SOUND_SECONDS)):
         raise _unusable(f"the file is cut short: its end, at {stated:.2f} seconds, is missing", "a clip must be whole", "Copy it again.")
-    duration = video_seconds or min(stated, end)
+    duration = stated if indexed else end
     return duration, stream.frames or max(round(duration * rate), 2)
+
+
+def _start_seconds(stream: VideoStream) -> float:
+    return float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
 
 
 def _stated_duration(stream: VideoStream) -> float | None:

@@ -55,6 +55,24 @@ def test_frames_of_uneven_length_are_shown_by_their_times(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm"])
+def test_time_counts_from_the_first_frame_however_late_it_starts(tmp_path: Path, suffix: str):
+    path = write_video(tmp_path / f"clip.{suffix}", 20, 10, times_ms=[5000 + 100 * index for index in range(20)])
+    assert probe(path).duration_seconds == pytest.approx(2.0, abs=0.002)
+    assert numbers(read_window(path, 0.0, 20, 10)) == list(range(20))
+    assert numbers(read_window(path, 1.4, 5, 10)) == [14, 15, 16, 17, 18]
+
+
+@pytest.mark.parametrize("movflags", ["frag_keyframe+empty_moov", "cmaf"])
+def test_an_mp4_in_fragments_is_whole_or_refused(tmp_path: Path, movflags: str):
+    path = write_video(tmp_path / "clip.mp4", 48, 24, options={"movflags": movflags}, keyframes=12)
+    assert probe(path).num_frames == 48
+    assert numbers(read_all(path)) == list(range(48))
+    for share in (0.5, 0.8, 0.95):
+        with pytest.raises(DatasetError):
+            read_all(cut(path, tmp_path / "cut.mp4", share))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm"])
 @pytest.mark.parametrize("keyframes", [7, 250])
 def test_a_window_is_the_same_whether_reached_by_seeking_or_from_the_start(tmp_path: Path, suffix: str, keyframes: int):
     path = write_video(tmp_path / f"clip.{suffix}", 60, 12, keyframes=keyframes)
