@@ -3,6 +3,7 @@
 Random embeddings of width 4096 are all but orthogonal, so the transformer can tell the words apart; no training needed.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,15 @@ def write_tokenizer(folder: Path) -> None:
         model_max_length=TEXT_ROWS,
         model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(str(folder))
+    _name_class_of_every_version(folder / "tokenizer_config.json")
     (folder / "spiece.model").write_bytes(_sentencepiece_model())
+
+
+def _name_class_of_every_version(path: Path) -> None:
+    """transformers 5 writes a class name that transformers 4 does not know; both know this one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _sentencepiece_model() -> bytes:
