@@ -8,16 +8,16 @@ VENV = .venv
 LOWEST = .venv-lowest
 
 # One thread per process: two processes with two threads each on two cores are ten times slower.
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m pytest -n 2
+ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 test: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	PATH="$(VENV)/bin:$$PATH" && export PATH && $(PYTEST)
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2
 
 test-lowest: $(LOWEST)/installed
-	PATH="$(LOWEST)/bin:$$PATH" && export PATH && $(PYTEST)
+	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -n 2
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m trainers demo --out "$(OUT)"

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str]) -> int:
 def _work(run: Run) -> int:
     run.event("queued")
     try:
-        outcome = _train(run)
+        while (outcome := _train(run)) == "paused" and run.requested() is None:
+            pass  # the pause was taken back while the checkpoint was written: go on
     except Exception as error:
         traceback.print_exc()
         run.event("failed", message=_message(error), error=type(error).__name__)

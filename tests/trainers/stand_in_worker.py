@@ -27,6 +27,9 @@ def _train(run: Any) -> str:
         while behaviour == "slow" and not run.requested():
             time.sleep(0.02)
         if asked := run.requested():
+            if run.job.name == "slow-to-pause":
+                while run.requested() == "pause":
+                    time.sleep(0.02)
             return {"stop": "stopped", "pause": "paused"}[asked]
         with run.writing_checkpoint(step) as folder:
             (folder / "position.json").write_text("{}")

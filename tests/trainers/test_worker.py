@@ -106,6 +106,20 @@ def test_a_paused_run_has_no_worker_and_is_resumed_by_a_new_one(stand_in, make_j
     assert attach_or_create(run.job)[1] == "resumed"
 
 
+def test_a_pause_that_is_taken_back_while_pausing_is_none(stand_in, make_job, until):
+    run = Run.create(make_job("slow", name="slow-to-pause", steps=1))
+    launch.launch(run)
+    until(run, "training")
+    run.request("pause")
+    time.sleep(0.3)  # the worker has seen it
+    run.clear("pause")
+    while _events(run).count("training") < 2:
+        time.sleep(0.02)
+    run.request("stop")
+    until(run, "stopped")
+    assert _events(run) == ["queued", "training", "training", "stopped"]
+
+
 def test_the_socket_guard_of_these_tests_works(stand_in, make_job):
     run = Run.create(make_job("calls home"))
     done = _work(run)

@@ -138,6 +138,8 @@ def resume(options: argparse.Namespace) -> None:
     """Take back a pause, or start a run again that ended before its last step."""
     run = find_run(options.runs, options.run)
     if run.live:
+        if run.requested() == "stop":
+            raise RunError(f"{run.name} is stopping; it can go on when it has stopped. Try again in a moment.")
         run.clear("pause")
         print(f"{run.name} goes on.")
         return
