@@ -221,7 +221,9 @@ def _unpickled_tensors(path: Path) -> dict[str, torch.Tensor]:
             _OTHER_FILE,
         ) from None
     except RuntimeError as error:
-        raise _error(f"{path.name} cannot be read ({error})", "it must be a complete PyTorch file", "Download it again.") from None
+        raise _error(
+            f"{path.name} cannot be read ({error})", "it must be a complete PyTorch file that fits into memory", _OTHER_FILE
+        ) from None
     tensors = _tensors_of(content)
     if not tensors:
         raise _error(f"{path.name} holds no named tensors", "a model file is a dictionary of tensors", _OTHER_FILE)

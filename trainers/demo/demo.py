@@ -152,7 +152,7 @@ def train(job: Job) -> Run:
         launch(run)
     follow(run, sys.stdout)
     if (status := run.status()).state != "done":
-        raise RunError(f"The demo's run is {status.state}: {status.message}. Run the demo again to go on.")
+        raise RunError(f"The demo's run is {status.state}. {status.message}\nRun the demo again to go on.")
     return run
 
 

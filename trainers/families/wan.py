@@ -84,6 +84,10 @@ _BRANCHES = {
 _VERSION = re.compile(r"wan[-_ ]?2[._]?(?P<minor>[12])(?!\d)|(?P<expert>(high|low)[-_ ]?noise|a14b)", re.IGNORECASE)
 _A14B_NOTE = "The tensors are also those of Wan 2.2 T2V A14B, high or low noise; only a name can tell, and this one does not."
 
+# What a Wan transformer has and other models have not, and what its config is read from.
+_TELLING = {f"{name}.weight" for name in ("patch_embedding", "text_embedding.0", "time_embedding.0", "blocks.0.ffn.0", "head.head")}
+_TELLING |= {"head.modulation"}
+
 # Arguments of the diffusers classes that no shape tells: the values of every published model, or those of a config.json.
 _CONSTANTS = {"attention_head_dim": 128, "eps": 1e-6, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
 _TRANSFORMER_FIELDS = (*_CONSTANTS, "num_attention_heads")
@@ -183,7 +187,7 @@ class Wan:
     def detect(self, checkpoint: Checkpoint) -> Detection | None:
         """See Family. Raises CheckpointError for a Wan model that is not trained yet, or with unknown keys."""
         shapes = _native_shapes(checkpoint)
-        if not {"head.modulation", "head.head.weight", "patch_embedding.weight", "blocks.0.ffn.0.weight"} <= shapes.keys():
+        if not shapes.keys() >= _TELLING:
             return None
         branches = [title for start, title in _BRANCHES.items() if any(name.startswith(start) for name in shapes)]
         if branches:

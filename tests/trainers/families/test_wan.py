@@ -136,6 +136,12 @@ def test_is_not_fooled_by_other_models(tmp_path: Path, name: str) -> None:
     assert (FAMILY.detect_vae(checkpoint) is not None) == (name == VAE)
 
 
+@pytest.mark.parametrize("missing", ["text_embedding.0.weight", "head.modulation", "blocks.0.ffn.0.weight"])
+def test_half_a_wan_is_none(tmp_path: Path, missing: str) -> None:
+    shapes = {name: shape for name, shape in shapes_of(T2V_1_3B).items() if name != missing}
+    assert FAMILY.detect(Checkpoint.open(write_header_only(tmp_path / "model.safetensors", entries(shapes, torch.bfloat16)))) is None
+
+
 def test_refuses_the_vae_of_2_2(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"VAE of Wan 2.2 TI2V 5B.*wan_2\.1_vae"):
         FAMILY.detect_vae(header_of(tmp_path, "vae_wan2.2"))
