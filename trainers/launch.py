@@ -22,7 +22,7 @@ _started: list[subprocess.Popen[bytes]] = []
 def launch(run: Run, processes: int = 1) -> int:
     """Start a worker for `run` in the background and return its process id, once it (or another worker) holds the run.
 
-    `processes` > 1 starts one per GPU by accelerate. The worker's output is appended to worker.log.
+    `processes` > 1 starts one per GPU by torchrun, which accelerate understands (its own launcher cannot do it on CPUs). The worker's output is appended to worker.log.
     Raises RunError with the log's last lines when the worker ends before it took the run.
     """
     _started[:] = [process for process in _started if process.poll() is None]
@@ -56,7 +56,7 @@ def _command(run: Run, processes: int) -> list[str]:
     # Unbuffered UTF-8 and faulthandler: the log must tell the last moment of a process that died in native code.
     python = [sys.executable, "-u", "-X", "utf8", "-X", "faulthandler"]
     if processes > 1:
-        python += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [*python, str(WORKER), str(run.folder)]
 
 

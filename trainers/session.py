@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from .environment import go_offline, process_index
 from .errors import VideoTrainerError
 from .lock import FileLock, device_lock
-from .offline import go_offline
 from .run import Run
 from .run_status import OUTCOMES, Outcome
 
@@ -21,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     go_offline()
     (folder,) = arguments
     run = Run.open(Path(folder))
+    if process_index() > 0:
+        return _assist(run)
     lock = run.lock()
     if not lock.acquire():
         print(f"{run.name} has a worker already; this one ends.")
@@ -44,6 +46,14 @@ def _work(run: Run) -> int:
     run.clear("stop")
     run.clear("pause")
     run.event(outcome)
+    return 0
+
+
+def _assist(run: Run) -> int:
+    """The work of a further process of a run on several cards: the first one alone holds the locks and tells."""
+    from .trainer import train
+
+    train(run)
     return 0
 
 

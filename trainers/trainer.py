@@ -14,7 +14,7 @@ from .optimizers import learning_rate_factor, set_learning_rate
 from .predict import batch_loss
 from .previews import Previews
 from .run import Run
-from .run_status import OUTCOMES, Outcome
+from .run_status import OUTCOMES, Outcome, Request
 from .training import Training, open_training, save_checkpoint
 
 
@@ -24,11 +24,12 @@ def train(run: Run) -> Outcome:
     Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can mend.
     """
     training = open_training(run)
-    run.event("training", step=training.step, total_steps=training.total_steps)
+    if training.accelerator.is_main_process:
+        run.event("training", step=training.step, total_steps=training.total_steps)
     previews, held_out = Previews.of(training), HeldOut.of(run.job, training.family, training.variant, training.encoded)
     previews.write_if_due(training.step)
     while training.step < training.total_steps:
-        if asked := run.requested():
+        if asked := requested(training):
             if training.step:
                 save_checkpoint(training)
             return OUTCOMES[asked]
@@ -43,6 +44,16 @@ def train(run: Run) -> Outcome:
         previews.write_if_due(training.step, last)
     training.accelerator.end_training()
     return "done"
+
+
+def requested(training: Training) -> Request | None:
+    """What the run is asked to do: the same for all its processes, or they would wait for each other for ever."""
+    if training.accelerator.num_processes == 1:
+        return training.run.requested()
+    from accelerate.utils import broadcast_object_list
+
+    answer: Request | None = broadcast_object_list([training.run.requested()])[0]
+    return answer
 
 
 def optimize(training: Training) -> dict[str, float]:

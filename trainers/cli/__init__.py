@@ -10,8 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..environment import go_offline
 from ..errors import VideoTrainerError
-from ..offline import go_offline
 from . import files, runs
 
 
