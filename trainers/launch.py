@@ -22,7 +22,8 @@ _started: list[subprocess.Popen[bytes]] = []
 def launch(run: Run, processes: int = 1) -> int:
     """Start a worker for `run` in the background and return its process id, once it (or another worker) holds the run.
 
-    `processes` > 1 starts one per GPU by torchrun, which accelerate understands (its own launcher cannot do it on CPUs). The worker's output is appended to worker.log.
+    `processes` > 1 starts one per GPU by torchrun, which accelerate understands (accelerate's own launcher cannot start
+    several on a CPU). The worker's output is appended to worker.log.
     Raises RunError with the log's last lines when the worker ends before it took the run.
     """
     _started[:] = [process for process in _started if process.poll() is None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import TinyShape, tiny_job
@@ -29,7 +30,9 @@ def test_two_processes_train_what_one_does(tmp_path):
         runs.append(run)
     alone, together = runs
     for expected, found in zip(alone.read_metrics(), together.read_metrics(), strict=True):
-        assert abs(expected["loss"] - found["loss"]) < 1e-5 * expected["loss"]
+        for value in ("loss", "grad_norm", "sigma"):
+            assert found[value] == pytest.approx(expected[value], rel=1e-5)
     expected, found = load_file(lora_path(alone, 4)), load_file(lora_path(together, 4))
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+        # Adam divides by the gradient's size, so single elements of almost no gradient show the sum's last bit.
+        assert torch.linalg.norm(found[name] - expected[name]) < 1e-4 * torch.linalg.norm(expected[name]), name
