@@ -15,7 +15,8 @@ from trainers.training import lora_path
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    settings = {"steps": 4, "caption_dropout": 0.0, "checkpoints": {"every_steps": 2}}
+    # Adam with a small epsilon divides what is nearly zero by itself: the last bit of a sum would decide a sign.
+    settings = {"optimizer": {"epsilon": 0.1, "learning_rate": 0.01}, "steps": 4, "caption_dropout": 0.0, "checkpoints": {"every_steps": 2}}
     runs = []
     for processes, accumulation in ((1, 2), (2, 1)):
         folder = tmp_path / str(processes)
@@ -34,5 +35,4 @@ def test_two_processes_train_what_one_does(tmp_path):
             assert found[value] == pytest.approx(expected[value], rel=1e-5)
     expected, found = load_file(lora_path(alone, 4)), load_file(lora_path(together, 4))
     for name in expected:
-        # Adam divides by the gradient's size, so single elements of almost no gradient show the sum's last bit.
         assert torch.linalg.norm(found[name] - expected[name]) < 1e-4 * torch.linalg.norm(expected[name]), name
