@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,15 @@ import pytest
 from trainers import launch
 from trainers.job import Job, parse_job
 from trainers.run import Run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_device_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers of these tests wait for no run outside them: there is one lock per device and temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("device_locks")))
+        patch.setattr("tempfile.tempdir", None)
+        yield
 
 
 @pytest.fixture

@@ -21,10 +21,8 @@ from pathlib import Path
 from trainers.lock import FileLock
 lock = FileLock(Path(sys.argv[1]))
 assert lock.acquire()
-child = os.fork() if len(sys.argv) > 2 else None
-if child == 0:
-    time.sleep(60)
-print(child or os.getpid(), flush=True)
+if len(sys.argv) == 2 or os.fork() == 0:
+    print(os.getpid(), flush=True)  # of the child, if there is one: only then has it let go of the lock
 time.sleep(60)
 """
 
