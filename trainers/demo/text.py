@@ -54,7 +54,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _name_class_of_every_version(path: Path) -> None:
-    """transformers 5 writes a class name that transformers 4 does not know; both know this one."""
+    """Transformers 5 writes a class name that transformers 4 does not know; both know this one."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

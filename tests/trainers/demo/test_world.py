@@ -46,9 +46,7 @@ def test_written_clips_are_read_back_with_their_captions(tmp_path) -> None:
 def test_true_clips_score_full_marks(tmp_path, by_file: bool) -> None:
     scenes = random_scenes(40, seed=5, motions=tuple(DIRECTIONS))
     clips = write_clips(tmp_path, scenes) if by_file else [render(scene) for scene in scenes]
-    summary = summarise(
-        [(Asked.parse(caption(scene)), score_clip(clip)) for scene, clip in zip(scenes, clips, strict=True)]
-    )
+    summary = summarise([(Asked.parse(caption(scene)), score_clip(clip)) for scene, clip in zip(scenes, clips, strict=True)])
     assert (summary.colour, summary.shape, summary.motion, summary.concept) == (1.0, 1.0, 1.0, 1.0)
 
 
