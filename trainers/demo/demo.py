@@ -188,7 +188,7 @@ def write_report(out: Path, run: Run, lora: Path, timings_seconds: dict[str, flo
         "LoRA": lora,
         "before and after": out / "before_after.mp4",
         "loss": out / "loss.png",
-        "contact sheet": out / "contact_sheet.png",
+        "contact sheet": out / "contact_sheet.jpg",
         "run": run.folder,
         "clips": out / "clips",
     }

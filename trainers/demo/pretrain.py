@@ -1,10 +1,14 @@
 """Make the tiny Wan base from nothing: `python -m trainers.demo.pretrain STAGE`, stages in this order.
 
-    text         tokenizer and frozen random text encoder                   seconds
-    vae          decoder, then encoder, regressed onto the linear codec     FIGURES_VAE
-    transformer  pretraining on codec latents, at last on the VAE's own     FIGURES_TRANSFORMER
+    text         tokenizer and frozen random text encoder
+    vae          decoder, then encoder, regressed onto the linear codec: about 15 core-minutes
+    transformer  pretraining on codec latents, at last on the VAE's own: about 45 core-minutes with --compile
     export       fp16 files with Wan's own names into `tiny_wan/`
     evaluate     samples from those files, scored
+
+The shipped files, 13.6 MB, measured by `evaluate` (96 true clips through the VAE; 72 captions of the base and 18 of the
+concept, 18 Euler steps, CFG 3, shift 3): VAE 31.3 dB, all four scores 1.0; samples: colour 1.0, direction 1.0,
+shape 0.98, concept 0.0. After 1000, 2000 and 2500 of the 5500 steps shape was at 0.25, 0.89 and 0.95, direction at 1.0.
 
 Working state lies in `--work` and is taken up again after a kill. One thread; `--scale 0.01` is a quick rehearsal.
 """
@@ -32,8 +36,8 @@ ASSETS = Path(__file__).parent / "tiny_wan"
 TEXT_SEED, VAE_SEED, TRANSFORMER_SEED = 11, 3, 5
 VAE_CLIPS, VAE_CLIPS_SEED = 3000, 50
 CLIPS, CLIPS_SEED = 30_000, 1000
-OWN_CLIPS, OWN_CLIPS_SEED = 6000, 5000
-OWN_SHARE = 0.8  # of the transformer's steps, after which it sees latents of the fp16 VAE instead of the codec's
+OWN_CLIPS, OWN_CLIPS_SEED = 4000, 5000
+OWN_FROM = 9 / 11  # share of the transformer's steps after which it sees the fp16 VAE's latents, not the codec's
 CROP = 5  # blocks a side, of 8
 DROPOUT = 0.1  # of captions
 CAPTIONS = [f"a {colour} {shape} moving {motion}" for colour in sorted(COLOURS) for shape in SHAPES for motion in MOTIONS]
@@ -105,7 +109,7 @@ def train_transformer(work: Path, assets: Path, scale: float, compiled: bool) ->
     conditioned = tiny_transformer.TextConditioned(model, table, compiled)
     roots = codec.metric_roots(latent_frames=3)
     plan = scaled(TRANSFORMER_PLAN, scale)
-    switch = round(OWN_SHARE * plan.steps)
+    switch = round(OWN_FROM * plan.steps)
     sources = [codec_latents(codec, scale)]
 
     def loss_at(step: int) -> torch.Tensor:
@@ -148,7 +152,10 @@ def own_latents(assets: Path, scale: float) -> tuple[torch.Tensor, torch.Tensor]
     """The like, from the shipped VAE."""
     clips, said = draw_clips(max(16, round(scale * OWN_CLIPS)), OWN_CLIPS_SEED)
     vae = native_files.load_vae(assets)
-    latents = torch.cat([encode_clips(vae, as_floats(part)).half() for part in torch.split(clips, 16)])
+    mean, std = _constants(vae)
+    with tiny_vae.whole_clips(vae):
+        pixels = (as_floats(part).permute(0, 4, 1, 2, 3).contiguous() for part in torch.split(clips, 20))
+        latents = torch.cat([((tiny_vae.encode(vae, part) - mean) / std).half() for part in pixels])
     return latents, torch.tensor([CAPTIONS.index(line) for line in said])
 
 

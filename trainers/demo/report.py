@@ -86,9 +86,18 @@ ROWS = (
 )
 
 
+def verdict(result: Result) -> str:
+    """One sentence by the scores: learnt is >= 80 % after and <= 20 % before, kept is a loss of at most 10 %."""
+    before, after = result.summary_before, result.summary_after
+    if (after.concept or 0) < 0.8 or (before.concept or 0) > 0.2:
+        return "The LoRA did not learn the new motion"
+    lost = max((getattr(before, key) or 0) - (getattr(after, key) or 0) for key in ("motion", "colour"))
+    return "The LoRA learnt a new motion, and forgot nothing" if lost <= 0.1 else "The LoRA learnt a new motion, but forgot old ones"
+
+
 def told(result: Result) -> str:
     """The scores as lines of text."""
-    lines = [f"{'':42}before  after"]
+    lines = [verdict(result), "", f"{'':42}before  after"]
     for name, key, _ in ROWS:
         before, after = getattr(result.summary_before, key), getattr(result.summary_after, key)
         lines.append(f"{name:42}{before:6.0%} {after:6.0%}")
@@ -107,11 +116,12 @@ def write_page(path: Path, result: Result) -> None:
         f"<li><b>{html.escape(name)}</b>: <code>{html.escape(_shown(file, path))}</code></li>" for name, file in result.files.items()
     )
     page = _PAGE.format(
+        verdict=verdict(result),
         concept=CONCEPT,
         table=table,
         video=_inline(result.files["before and after"], "video/mp4"),
         loss=_inline(result.files["loss"], "image/png"),
-        sheet=_inline(result.files["contact sheet"], "image/png"),
+        sheet=_inline(result.files["contact sheet"], "image/jpeg"),
         clips=len(result.after),
         training=html.escape(result.training),
         timings=timings,
@@ -186,7 +196,7 @@ td small {{ display: block; color: #777; }}
 img, video {{ max-width: 100%; border: 1px solid #e4e4e4; }} code {{ background: #f4f4f4; padding: .1rem .3rem; }}
 .columns {{ display: flex; gap: 3rem; flex-wrap: wrap; }}
 </style></head><body>
-<h1>A LoRA learnt a new motion</h1>
+<h1>{verdict}</h1>
 <p class="lead">The tiny base had never seen a shape move {concept}.
 Here it is before and after training, each video from the same noise.</p>
 <video src="{video}" autoplay loop muted controls></video>
