@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +17,15 @@ from trainers.run import Run
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_device_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_device_locks() -> Iterator[None]:
     """Workers of these tests wait for no run outside them: there is one lock per device and temporary folder."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)  # as the system's own: some tests are another user for a while
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("device_locks")))
+        patch.setenv("TMPDIR", str(folder))
         patch.setattr("tempfile.tempdir", None)
         yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

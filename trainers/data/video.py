@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
 
 from ..errors import DatasetError, Problem
 from .pixels import orient, resize_crop
@@ -163,11 +164,13 @@ def _check_gif_is_whole(file: Any, container: InputContainer) -> None:
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
-    streams = [stream for stream in container.streams.video if not stream.disposition & 0x400]  # 0x400: a cover picture
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise _unusable(f"no video stream (it holds {kinds})", "a clip needs pictures", "Use a file with video.")
     stream = streams[0]
+    if cast("Any", stream).codec_context is None:  # decoding would end the process in PyAV before 18.1
+        raise _unusable("the video stream cannot be decoded (its kind is not told)", "the file must be a whole video or image")
     if _is_image(container):
         stream.codec_context.options = {"err_detect": "explode"}  # else FFmpeg fills what is missing with grey
     return stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -42,8 +43,6 @@ def write_video(
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixel_format
         stream.codec_context.time_base = Fraction(1, 1000) if times_ms else 1 / rate
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
         for index, array in enumerate(frames):
@@ -52,7 +51,20 @@ def write_video(
             frame.time_base = stream.codec_context.time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if rotation is not None:
+        _rotate(path, rotation)
     return path
+
+
+def _rotate(path: Path, degrees: int) -> None:
+    """Set the matrix of an MP4's track header (ISO/IEC 14496-12, 8.3.2), counter-clockwise; PyAV before 17.1 cannot."""
+    across, up = {90: (0, -1), -90: (0, 1), 180: (-1, 0)}[degrees]
+    one = 1 << 16
+    matrix = struct.pack(">9i", across * one, up * one, 0, -up * one, across * one, 0, 0, 0, 1 << 30)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 4 + 40
+    content[start : start + len(matrix)] = matrix
+    path.write_bytes(content)
 
 
 def write_sound(path: Path) -> Path:
