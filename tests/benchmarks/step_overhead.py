@@ -78,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     shape = TinyShape(layers=options.layers, width=options.width, ffn=4 * options.width, height=128, width_pixels=128, num_frames=17)
     with tempfile.TemporaryDirectory() as folder:
-        job = tiny_job(Path(folder), shape, steps=10_000, batch_size=1, device=options.device, tensorboard=True)
+        job = tiny_job(Path(folder), shape, steps=10_000, batch_size=1, device=options.device, tensorboard=True, gradient_checkpointing=True)
         training = open_training(Run.create(job))
 
         def trained() -> None:
