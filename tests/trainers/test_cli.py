@@ -132,21 +132,26 @@ def test_ctrl_c_detaches_and_the_run_goes_on(job_file, tmp_path, until):
     run = find_run(tmp_path / "runs", "cat")
     until(run, "training")
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest is in the background\n"
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
         "from trainers.cli.runs import _start_and_follow; from trainers.run import Run\n"
         f"print('following', flush=True); sys.exit(_start_and_follow(Run(Path({str(run.folder)!r})), 'attached', False))"
     )
     follower = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert follower.stdout
-    lines = [follower.stdout.readline(), follower.stdout.readline()]
-    os.killpg(follower.pid, signal.SIGINT)
-    printed, _ = follower.communicate(timeout=20)
-    assert follower.returncode == 130
-    assert lines[1].startswith("cat  training  1/5")
-    assert "cat goes on in the background" in printed
-    assert run.live
-    run.request("stop")
-    until(run, "stopped")
+    try:
+        assert follower.stdout
+        lines = [follower.stdout.readline(), follower.stdout.readline()]
+        os.killpg(follower.pid, signal.SIGINT)
+        printed, _ = follower.communicate(timeout=20)
+        assert follower.returncode == 130
+        assert lines[1].startswith("cat  training  1/5")
+        assert "cat goes on in the background" in printed
+        assert run.live
+    finally:
+        follower.kill()
+        follower.communicate()
+        run.request("stop")
+        until(run, "stopped")
 
 
 class _Terminal(io.StringIO):
