@@ -21,6 +21,9 @@ from .errors import RunLocked
 
 _RETRY_SECONDS = 0.01
 
+_PROBE_TRIES = 5 if sys.platform == "win32" else 1
+"""Windows has no shared locks: another `probe` holds a free one for a moment, a worker for longer than all these tries."""
+
 if sys.platform == "win32":
     import msvcrt
 
@@ -103,7 +106,12 @@ def probe(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _try_lock(descriptor, shared=True)
+        for attempt in range(_PROBE_TRIES):
+            if attempt:
+                time.sleep(_RETRY_SECONDS)
+            if _try_lock(descriptor, shared=True):
+                return False
+        return True
     finally:
         os.close(descriptor)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from trainers import lock as lock_module
 from trainers.errors import RunLocked
 from trainers.lock import FileLock, device_lock, probe
 
@@ -112,6 +113,16 @@ def test_probing_never_makes_a_taker_fail(tmp_path):
         assert lock.acquire()
         lock.release()
     _kill(prober)
+
+
+def test_on_windows_a_moment_of_another_probe_does_not_count_as_held(tmp_path, monkeypatch):
+    path = tmp_path / "a.lock"
+    path.touch()
+    monkeypatch.setattr(lock_module, "_PROBE_TRIES", 5)
+    tries = iter([False, False, True])
+    monkeypatch.setattr(lock_module, "_try_lock", lambda descriptor, shared: next(tries, False))
+    assert not probe(path)
+    assert probe(path)
 
 
 def test_the_cpu_has_one_lock_for_all_runs_of_a_user(tmp_path, monkeypatch):
