@@ -30,7 +30,8 @@ from .errors import JobError, Problem, RunError, VideoTrainerError
 from .job import Job, parse_job
 from .lock import FileLock, probe
 from .run_status import Request, RunStatus, last_state, make_status
-from .step_folders import StepFolders, rename
+from .step_folders import StepFolders
+from .whole_files import rename
 
 JOB_FILE = "job.json"
 _LONGEST_NAME = 100

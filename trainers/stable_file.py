@@ -7,15 +7,13 @@ reads it. The format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import filecmp
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
+
+from .whole_files import written_beside
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -39,11 +37,11 @@ def save_file(
 ) -> None:
     """Write `tensors` (on any device, of any strides) and `metadata` to `path`, whole or not at all.
 
-    The file is written beside `path` and renamed. A file of that name with other bytes is never replaced unless
-    `overwrite` is true. Raises FileExistsError then, and OSError when the folder cannot be written.
+    The file is written beside `path` and renamed. Unless `overwrite` is true, a file of that name is never replaced: one
+    of the same bytes stays as it is. Raises FileExistsError for other bytes, and OSError when the folder cannot be written.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    with _written_beside(path, overwrite) as file:
+    with written_beside(path, overwrite=overwrite) as partial, open(partial, "wb") as file:
         file.write(_header(ordered, metadata or {}))
         for _, tensor in ordered:
             file.write(_bytes(tensor))
@@ -65,19 +63,3 @@ def _header(ordered: list[tuple[str, torch.Tensor]], metadata: Mapping[str, str]
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
-
-
-@contextmanager
-def _written_beside(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file that takes the name `path` once it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if not overwrite and path.exists() and not filecmp.cmp(partial, path, shallow=False):
-            raise FileExistsError(f"{path} exists and holds something else")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -15,10 +15,11 @@ import re
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .whole_files import rename
 
 _STEP = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.(step-\d{6,})\.[0-9a-f]+\.(tmp|old|trash)")
@@ -83,19 +84,6 @@ class StepFolders:
 
     def _beside(self, step: int, ending: str) -> Path:
         return self.folder / f".{self.path(step).name}.{secrets.token_hex(4)}.{ending}"
-
-
-def rename(source: Path, target: Path, patience_seconds: float = 2.0) -> None:
-    """`os.rename`; on Windows patient with a virus scanner or an indexer that holds a file for a moment."""
-    give_up = time.monotonic() + patience_seconds
-    while True:
-        try:
-            os.rename(source, target)
-            return
-        except PermissionError:
-            if sys.platform != "win32" or time.monotonic() >= give_up:
-                raise
-            time.sleep(0.05)
 
 
 def flush_folder(folder: Path) -> None:

@@ -59,11 +59,13 @@ def test_the_order_of_the_content_does_not_matter(tmp_path: Path) -> None:
 def test_another_file_of_that_name_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(2)}, path)
+    before, file_before = path.read_bytes(), path.stat()
     save_file({"a": torch.zeros(2)}, path)
-    before = path.read_bytes()
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (file_before.st_ino, file_before.st_mtime_ns)
     with pytest.raises(FileExistsError, match=r"a\.safetensors"):
         save_file({"a": torch.ones(2)}, path)
     assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
     save_file({"a": torch.ones(2)}, path, overwrite=True)
     assert torch.equal(load_file(path)["a"], torch.ones(2))
 

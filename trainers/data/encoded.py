@@ -22,6 +22,7 @@ import torch
 
 from ..errors import DatasetError, Problem
 from ..family import TextRecord
+from ..whole_files import written_beside
 from .cache import Cache
 
 SCHEMA_VERSION = 1
@@ -116,15 +117,8 @@ class Encoded:
 
 def _replace(path: Path, text: str) -> None:
     """The file gets its new content as a whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(beside, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_beside(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _version_path(folder: Path, identity: str) -> Path:
