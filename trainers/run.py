@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from .job import Job, parse_job
 from .lock import FileLock, probe
 from .run_status import Request, RunStatus, last_state, make_status
 from .step_folders import StepFolders
-from .whole_files import rename
+from .whole_files import remove_partial_files, rename
 
 JOB_FILE = "job.json"
 _LONGEST_NAME = 100
@@ -193,14 +193,16 @@ class Run:
         return self._checkpoints.writing(step)
 
     def prune_checkpoints(self, keep_last: int) -> None:
-        """Remove all checkpoints but the newest `keep_last`."""
+        """Remove all checkpoints but the newest `keep_last`. One that cannot be removed now stays until the next time."""
         assert keep_last >= 1
         for step in self.checkpoints()[:-keep_last]:
-            self._checkpoints.remove(step)
+            with suppress(OSError):  # on Windows, a folder that is open in the Explorer
+                self._checkpoints.remove(step)
 
     def tidy(self) -> None:
         """Mend what a killed worker left. For the holder of `lock()`."""
         self._checkpoints.tidy()
+        remove_partial_files(Path(self.job.loras_folder) / self.name)
 
 
 def attach_or_create(job: Job) -> tuple[Run, HowFound]:

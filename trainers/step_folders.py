@@ -16,7 +16,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .whole_files import rename
@@ -53,7 +53,7 @@ class StepFolders:
             raise
 
     def remove(self, step: int) -> None:
-        """Remove a step's folder; no reader sees half of it."""
+        """Remove a step's folder; no reader sees half of it. Raises OSError when it cannot be moved; it is whole then."""
         self._discard(self.path(step), step)
 
     def tidy(self) -> None:
@@ -75,7 +75,8 @@ class StepFolders:
         rename(target, old)
         rename(unfinished, target)
         flush_folder(self.folder)
-        self._discard(old, step)
+        with suppress(OSError):  # what stays is removed by `tidy`
+            self._discard(old, step)
 
     def _discard(self, folder: Path, step: int) -> None:
         trash = self._beside(step, "trash")

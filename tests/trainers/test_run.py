@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from trainers import step_folders
 from trainers.errors import JobError, RunError
 from trainers.job import Job, parse_job
 from trainers.run import Run, attach_or_create, find_run, list_runs
@@ -135,6 +137,36 @@ def test_old_checkpoints_go(job):
     assert run.checkpoints() == [20, 1_000_000]
     assert run.latest_checkpoint() == 1_000_000
     assert (run.checkpoint_folder(20) / "position.json").exists()
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_nothing_and_goes_the_next_time(job, monkeypatch):
+    run = Run.create(job)
+    for step in (10, 20, 30, 40):
+        with run.writing_checkpoint(step):
+            pass
+
+    def held(source: Path, target: Path) -> None:
+        if source.name == "step-000010":
+            raise PermissionError("open in the Explorer")
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_folders, "rename", held)
+        run.prune_checkpoints(keep_last=2)
+    assert run.checkpoints() == [10, 30, 40]
+    run.prune_checkpoints(keep_last=2)
+    assert run.checkpoints() == [30, 40]
+
+
+def test_tidying_removes_the_half_written_lora_of_a_killed_worker(job, tmp_path):
+    run = Run.create(job.model_copy(update={"loras_folder": str(tmp_path / "loras")}))
+    run.tidy()
+    loras = tmp_path / "loras/cat"
+    loras.mkdir(parents=True)
+    for name in ("cat-000010.safetensors", ".cat-000020.safetensors.17.partial"):
+        (loras / name).touch()
+    run.tidy()
+    assert [path.name for path in loras.iterdir()] == ["cat-000010.safetensors"]
 
 
 # attach_or_create

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from trainers import step_folders
 from trainers.step_folders import StepFolders
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,24 @@ def test_an_existing_folder_is_replaced(tmp_path):
         with folders.writing(5) as folder:
             _write(folder, turn)
     assert folders.path(5).joinpath("adapter").read_text().startswith("2")
+    assert _hidden(tmp_path) == []
+
+
+def test_an_old_folder_that_cannot_be_removed_does_not_spoil_the_new_one(tmp_path, monkeypatch):
+    folders = StepFolders(tmp_path)
+
+    def held(source: Path, target: Path) -> None:
+        if target.name.endswith(".trash"):
+            raise PermissionError("open in the Explorer")
+        source.rename(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_folders, "rename", held)
+        for turn in (1, 2):
+            with folders.writing(5) as folder:
+                _write(folder, turn)
+    assert folders.path(5).joinpath("adapter").read_text().startswith("2")
+    folders.tidy()
     assert _hidden(tmp_path) == []
 
 
