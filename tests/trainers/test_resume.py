@@ -18,6 +18,8 @@ from trainers.training import lora_path
 WORKER = Path(__file__).parents[2] / "trainers" / "worker.py"
 KILL_AT_RENAME = Path(__file__).parent / "kill_at_rename.py"
 STEPS, EVERY = 60, 5
+LAST_KILL = 45
+"""No kill is meant for a later step, so that those which come late find the worker alive."""
 SHAPE = TinyShape(layers=1, width=128, ffn=128, height=32, width_pixels=32, num_frames=5, text_dim=64)
 
 
@@ -42,24 +44,45 @@ def start(run: Run, *before: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, *before, str(WORKER), str(run.folder)], stdout=log, stderr=log)
 
 
-def last_step(run: Run) -> int:
-    metrics = run.read_metrics()
-    return metrics[-1]["step"] if metrics else 0
+class Training:
+    """A worker at a run, with the steps that it has written itself: earlier workers' lines do not count."""
+
+    def __init__(self, run: Run, *before: str) -> None:
+        self.run = run
+        self.steps: list[int] = []
+        self._since = run.follow_metrics()[1]
+        self.worker = start(run, *before)
+
+    def look(self) -> list[int]:
+        records, self._since = self.run.follow_metrics(self._since)
+        self.steps += [record["step"] for record in records]
+        return self.steps
+
+
+def next_step(run: Run) -> int:
+    """The first step that the run's next worker trains."""
+    return (run.latest_checkpoint() or 0) + 1
 
 
 def kill_when_step_is_written(run: Run, step: int, then_seconds: float) -> None:
-    worker = start(run)
-    while last_step(run) < step:
-        assert worker.poll() is None, run.log_file.read_text()
-        time.sleep(0.005)
-    time.sleep(then_seconds)
-    worker.kill()
-    assert worker.wait() == -signal.SIGKILL
+    step = max(step, next_step(run))
+    training = Training(run)
+    try:
+        while max(training.look(), default=0) < step:
+            assert training.worker.poll() is None, run.log_file.read_text()
+            time.sleep(0.005)
+        time.sleep(then_seconds)
+    finally:
+        training.worker.kill()
+    assert training.worker.wait() == -signal.SIGKILL, f"killed after the end, not in training: {training.look()}"
 
 
 def kill_between_writing_and_rename(run: Run, step: int) -> None:
-    worker = start(run, str(KILL_AT_RENAME), f"step-{step:06d}")
-    assert worker.wait() == -signal.SIGKILL, run.log_file.read_text()
+    while step < next_step(run):  # a kill before this one came so late that the checkpoint is there
+        step += EVERY
+    training = Training(run, str(KILL_AT_RENAME), f"step-{step:06d}")
+    assert training.worker.wait() == -signal.SIGKILL, run.log_file.read_text()
+    assert training.look(), "it was killed before it trained"
     assert step not in run.checkpoints()
     assert list((run.folder / "checkpoints").glob(f".step-{step:06d}*")), "the checkpoint was written, and not yet renamed"
 
@@ -71,14 +94,13 @@ def test_ten_kills_leave_no_trace(tmp_path, optimizer):
 
     chance = random.Random(optimizer)
     killed = Run.create(job_in(tmp_path / "killed", optimizer))
-    rename_points = sorted(chance.sample(range(2, STEPS // EVERY), 3))
-    points = [(EVERY * n, True) for n in rename_points]
-    points += [(step, False) for step in chance.sample([s for s in range(1, STEPS) if s % EVERY], 7)]
+    points = [(EVERY * n, True) for n in chance.sample(range(2, LAST_KILL // EVERY + 1), 3)]
+    points += [(step, False) for step in chance.sample([s for s in range(1, LAST_KILL) if s % EVERY], 7)]
     for step, at_rename in sorted(points):
         if at_rename:
             kill_between_writing_and_rename(killed, step)
         else:
-            kill_when_step_is_written(killed, max(step, last_step(killed) // EVERY * EVERY + 1), chance.uniform(0, 0.05))
+            kill_when_step_is_written(killed, step, chance.uniform(0, 0.05))
     assert start(killed).wait() == 0, killed.log_file.read_text()
 
     for step in range(EVERY, STEPS + 1, EVERY):
