@@ -8,6 +8,7 @@ Shape suffixes: B batch, C channels, F frames, H and W pixels (or latent height 
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,14 +23,19 @@ from .data.buckets import Geometry, Window, plan_windows
 from .data.cache import Cache
 from .data.captions import shown
 from .data.encoded import Encoded, EncodedItem
-from .data.scan import Dataset, Progress, Rejected
+from .data.scan import NOT_ABOUT_THE_FILE, Dataset, Progress, Rejected, unexpected
 from .data.video import read_window
-from .errors import DatasetError, Problem
+from .errors import DatasetError, MissingPackage, Problem
 from .family import LatentSpec, TextRecord
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+_NOT_ABOUT_THE_FILE: tuple[type[Exception], ...] = (*NOT_ABOUT_THE_FILE, getattr(torch, "AcceleratorError", MissingPackage))
+"""The last (torch >= 2.8): a device that has failed fails for every file after."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _AHEAD = 2
 """Windows decoded while the model works; each is held as bytes at its final size."""
@@ -156,10 +162,8 @@ class _Work:
         with closing(_ahead(lambda window: self._decode(window, identity), windows)) as ahead:
             for done, (window, decoded) in enumerate(ahead):
                 self._stop_if_asked()
-                try:
-                    yield _item(window, self._latents(window, decoded.result()), texts[window.clip.caption])
-                except (DatasetError, OSError, torch.OutOfMemoryError) as error:
-                    self.rejected.append(Rejected(shown(window.clip.name), _problem(error, window)))
+                if key := self._latents(window, decoded):
+                    yield _item(window, key, texts[window.clip.caption])
                 self._progress(done + 1, len(windows), "encoding clips")
 
     def report(self, encoded: Encoded | None, rejected: tuple[Rejected, ...]) -> EncodeReport:
@@ -180,15 +184,31 @@ class _Work:
             return _Decoded(key, None)
         return _Decoded(key, read_window(path, window.start_seconds, window.num_frames, window.fps, size))
 
-    def _latents(self, window: Window, decoded: _Decoded) -> str:
-        """The key of the window's latents, which are cached."""
-        if decoded.frames_FHWC is None or self.cache.has_latents(decoded.key):
+    def _latents(self, window: Window, future: Future[_Decoded]) -> str | None:
+        """The key of the window's latents, which are cached; None when the window was rejected."""
+        try:
+            decoded = future.result()
+            latents_CFHW = self._encode(window, decoded)
+        except _NOT_ABOUT_THE_FILE:
+            raise
+        except Exception as error:  # decoders and models fail in many ways, and one bad file never stops the rest
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise
+            self.rejected.append(Rejected(shown(window.clip.name), _problem(error, window)))
+            return None
+        if latents_CFHW is None:
             self._there["latents"] += 1
-            return decoded.key
-        latents_CFHW = self.encoder.encode_video(pixels_from_frames(decoded.frames_FHWC))[0]
-        self.cache.write_latents(decoded.key, _checked_latents(latents_CFHW, window, self.encoder.latent))
-        self._new["latents"] += 1
+        else:
+            self.cache.write_latents(decoded.key, latents_CFHW)
+            self._new["latents"] += 1
         return decoded.key
+
+    def _encode(self, window: Window, decoded: _Decoded) -> torch.Tensor | None:
+        """The window's latents_CFHW; None when they are cached."""
+        if decoded.frames_FHWC is None or self.cache.has_latents(decoded.key):
+            return None
+        latents_BCFHW = self.encoder.encode_video(pixels_from_frames(decoded.frames_FHWC))
+        return _checked_latents(latents_BCFHW[0], window, self.encoder.latent)
 
 
 def pixels_from_frames(frames_FHWC: NDArray[np.uint8]) -> torch.Tensor:
@@ -229,12 +249,14 @@ def _item(window: Window, latents_key: str, text_key: str) -> EncodedItem:
     )
 
 
-def _problem(error: DatasetError | OSError | torch.OutOfMemoryError, window: Window) -> Problem:
+def _problem(error: Exception, window: Window) -> Problem:
     """Why a window could not be encoded."""
     if isinstance(error, DatasetError):
         return error.problems[0]
     if isinstance(error, OSError):
         return Problem(f"it cannot be read ({error.strerror})", "files must stay while they are encoded", "Check the file.")
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error).lower():  # the CPU's is a RuntimeError
+        return unexpected(error)
     value = f"no memory for {window.num_frames} frames of {window.width} x {window.height}"
     return Problem(value, "the VAE encodes a window at once", "Ask for fewer frames or a smaller size, or use --device cpu.")
 

@@ -18,12 +18,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import DatasetError, Problem
+from ..errors import DatasetError, MissingPackage, Problem
 from .captions import caption_path, read_caption, shown
 from .video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoInfo, probe
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what is being done)."""
+
+NOT_ABOUT_THE_FILE = (MissingPackage, ImportError, AssertionError)
+"""Errors that every file would have."""
 
 _REPEATS = re.compile(r"([1-9]\d{0,2})_")
 _SHOWN_PROBLEMS = 20
@@ -143,6 +146,16 @@ def _read(root: Path, path: Path, repeats: int) -> Clip | Rejected | None:
         return Rejected(shown(name), error.problems[0])
     except OSError as error:
         return _unread(root, path, error)
+    except NOT_ABOUT_THE_FILE:
+        raise
+    except Exception as error:  # decoders fail in many ways, and one bad file never stops the rest
+        return Rejected(shown(name), unexpected(error))
+
+
+def unexpected(error: Exception) -> Problem:
+    """Why a file is not used when what reads it failed in a way of its own."""
+    value = f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return Problem(value, "the file must be a whole video or image", "Export it again, or leave it out.")
 
 
 def _unread(root: Path, path: Path, error: OSError) -> Rejected:

@@ -88,6 +88,8 @@ def probe(path: Path) -> VideoInfo:
             return VideoInfo("image", 1, 0.0, width, height, 0.0)
         _check_more_than_one_frame(container, stream)
         duration, num_frames = _extent(container, stream)
+        if not duration > 0:
+            raise _unusable(f"it lasts {duration} seconds", "a video lasts longer than none")
         return VideoInfo("video", num_frames, num_frames / duration, width, height, duration)
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from clip_files import numbered, write_caption, write_image, write_video
 
+from trainers import encoders
 from trainers.data.buckets import Geometry
 from trainers.data.cache import Cache
 from trainers.data.encoded import Encoded
 from trainers.data.scan import Dataset, scan_folder
 from trainers.encoders import EncodeReport, encode_dataset
-from trainers.errors import DatasetError
+from trainers.errors import DatasetError, MissingPackage
 from trainers.family import LatentSpec, TextRecord
 
 SPEC = LatentSpec(16, 4, 8, 16, 16.0, (0.0,) * 16, (1.0,) * 16)
@@ -215,6 +220,60 @@ def test_an_encoder_that_fails_on_a_clip_is_told(clips: Path):
 
     reasons = [item.reason for item in encode(clips, Broken()).rejected]
     assert [reason.split(";")[0] for reason in reasons] == ["its latents are not finite", "no memory for 9 frames of 64 x 48"]
+
+
+FAILURES = [ZeroDivisionError("division by zero"), cv2.error("bad"), RuntimeError("bad"), KeyError("side")]
+NO_MEMORY = [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")]
+
+
+@pytest.mark.parametrize("where", ["decoding", "encoding"])
+@pytest.mark.parametrize("error", [*FAILURES, *NO_MEMORY], ids=lambda error: type(error).__name__)
+def test_one_bad_file_never_stops_the_rest(clips: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str):
+    with fails_once(monkeypatch, where, error) as encoder:
+        report = encode(clips, encoder)
+    assert report.encoded is not None
+    assert [item.source for item in report.encoded.items] == ["1.mp4", "2.mp4", "3.mp4", "still.png"]
+    expected = "no memory for 9 frames of 64 x 48" if error in NO_MEMORY else f"it cannot be read ({type(error).__name__}: "
+    assert [item.name for item in report.rejected] == ["0.mp4"]
+    assert report.rejected[0].reason.startswith(expected)
+
+
+@pytest.mark.parametrize("error", [MissingPackage("pip install it"), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+def test_what_every_file_would_meet_ends_the_work(clips: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    with fails_once(monkeypatch, "decoding", error) as encoder, pytest.raises(type(error)):
+        encode(clips, encoder)
+    monkeypatch.setattr(Cache, "write_latents", raising(error))
+    with pytest.raises(type(error)):
+        encode(clips, AverageEncoder())
+
+
+@contextmanager
+def fails_once(monkeypatch: pytest.MonkeyPatch, where: str, error: Exception) -> Iterator[AverageEncoder]:
+    """An encoder; it, or the decoding, raises `error` for the first clip."""
+    encoder = AverageEncoder()
+    errors = iter([error])
+
+    def once(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if error := next(errors, None):
+                raise error
+            return real(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if where == "decoding":
+            patch.setattr(encoders, "read_window", once(encoders.read_window))
+        else:
+            patch.setattr(encoder, "encode_video", once(encoder.encode_video))
+        yield encoder
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
 
 
 def test_latents_of_another_shape_never_reach_the_cache(clips: Path, tmp_path: Path):

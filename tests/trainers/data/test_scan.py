@@ -3,15 +3,19 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from clip_files import cut, write_caption, write_image, write_sound, write_video
 
+from trainers.data import scan
+from trainers.data import video as video_module
 from trainers.data.scan import Dataset, scan_folder
-from trainers.errors import DatasetError
+from trainers.data.video import VideoInfo
+from trainers.errors import DatasetError, MissingPackage
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,36 @@ def test_every_file_that_is_not_used_has_its_reason(tmp_path: Path, video: Path)
     found = reasons(dataset)
     assert found.keys() == expected.keys()
     assert all(part in found[name] for name, part in expected.items())
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), MemoryError(), cv2.error("bad"), RuntimeError("a\nb")], ids=repr)
+def test_one_bad_file_never_stops_the_rest(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    put(video, tmp_path / "bad.mp4")
+    put(video, tmp_path / "good.mp4")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "probe", _probe_that_raises(error, "bad.mp4"))
+        dataset = scan_folder(tmp_path)
+    assert [clip.name for clip in dataset.clips] == ["good.mp4"]
+    assert reasons(dataset)["bad.mp4"].startswith(f"it cannot be read ({type(error).__name__}: ")
+    assert "\n" not in reasons(dataset)["bad.mp4"]
+
+
+def test_what_every_file_would_lack_is_told_at_once(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch):
+    put(video, tmp_path / "bad.mp4")
+    put(video, tmp_path / "good.mp4")
+    monkeypatch.setattr(scan, "probe", _probe_that_raises(MissingPackage("pip install av"), "bad.mp4"))
+    with pytest.raises(MissingPackage):
+        scan_folder(tmp_path)
+
+
+def _probe_that_raises(error: Exception, name: str) -> Callable[[Path], VideoInfo]:
+    def probe(path: Path) -> VideoInfo:
+        if path.name == name:
+            raise error
+        return video_module.probe(path)
+
+    return probe
 
 
 ODD_NAMES = [

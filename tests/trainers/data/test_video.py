@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from clip_files import cut, numbered, numbers, write_image, write_sound, write_video
 
+from trainers.data import video
 from trainers.data.pixels import orient, resize_crop
 from trainers.data.video import VideoInfo, probe, read_window
 from trainers.errors import DatasetError, MissingPackage
@@ -219,6 +220,13 @@ def test_a_video_streamed_into_a_file_has_the_duration_of_its_packets(tmp_path: 
     assert probe(path).num_frames == 48
     assert probe(path).duration_seconds == pytest.approx(2.0, abs=0.002)
     assert len(read_all(path)) == 48
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_video_without_duration_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float):
+    monkeypatch.setattr(video, "_extent", lambda container, stream: (seconds, 4))
+    with pytest.raises(DatasetError, match="lasts longer than none"):
+        probe(write_video(tmp_path / "a.mp4", 4))
 
 
 def test_what_is_no_clip_is_refused(tmp_path: Path):
