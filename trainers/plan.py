@@ -68,7 +68,9 @@ def hand_over(job: Job) -> Job:
     """
     job = job.with_absolute_paths(Path.cwd())
     try:
-        job = job.model_copy(update={"encoded_identity": Encoded.open(Path(job.encoded)).identity})
+        encoded = Encoded.open(Path(job.encoded))
+        encoded.keep_version()
+        job = job.model_copy(update={"encoded_identity": encoded.identity})
     except DatasetError:
         check(job)  # tells this problem with all the others
     run = run_of(job)
