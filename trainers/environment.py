@@ -15,6 +15,6 @@ def go_offline() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
 
 
-def process_index() -> int:
-    """This worker's number among those that accelerate started for one run; 0 when it is alone."""
-    return int(os.environ.get("RANK", "0"))
+def allow_determinism() -> None:
+    """Call this before CUDA is used: cuBLAS repeats itself only with a workspace of fixed size (PyTorch's notes on randomness)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,13 +86,14 @@ class FolderEncoder:
     @cached_property
     def identity_vae(self) -> str:
         checkpoint = Checkpoint.open(self._files.vae, "vae")
-        return f"{self.family_id} {checkpoint.identity()}"
+        return f"{self.family_id} {checkpoint.identity()} {json.dumps(checkpoint.config, sort_keys=True)}"
 
     @cached_property
     def identity_text(self) -> str:
         checkpoint = Checkpoint.open(self._files.text_encoder, "text_encoder")
         config = self._files.text_encoder / "config.json"
-        return f"{self.family_id} {checkpoint.identity()} {_files_hash([config])} {_tokenizer_hash(self._files.tokenizer)}"
+        dtype = self._text_dtype()
+        return f"{self.family_id} {checkpoint.identity()} {_files_hash([config])} {_tokenizer_hash(self._files.tokenizer)} {dtype}"
 
     def encode_video(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
         """See Encoder."""
@@ -116,15 +118,17 @@ class FolderEncoder:
         vae: torch.nn.Module = load_vae(Checkpoint.open(self._files.vae, "vae"), self._family, self._device, torch.float32)
         return vae
 
+    def _text_dtype(self) -> torch.dtype | str:
+        return torch.bfloat16 if self._device.type == "cuda" else "auto"
+
     def _load_text_encoder(self) -> tuple[Any, torch.nn.Module]:
         from transformers import AutoModelForTextEncoding, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the encoding has its own
-        dtype = torch.bfloat16 if self._device.type == "cuda" else "auto"
         local = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(self._files.tokenizer, **local)
-        model = AutoModelForTextEncoding.from_pretrained(self._files.text_encoder, dtype=dtype, **local)
+        model = AutoModelForTextEncoding.from_pretrained(self._files.text_encoder, dtype=self._text_dtype(), **local)
         model = model.to(self._device).eval().requires_grad_(False)
         return tokenizer, model
 

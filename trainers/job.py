@@ -219,7 +219,10 @@ class Job(_Spec):
             return None if path is None else str(folder / Path(path).expanduser())
 
         base = self.base.model_copy(update={"transformer": absolute(self.base.transformer), "vae": absolute(self.base.vae)})
-        start = self.start.model_copy(update={"initial_lora": absolute(self.start.initial_lora)})
+        extends = self.start.extends
+        if extends and (folder / extends.rpartition("@")[0] / "job.json").is_file():
+            extends = absolute(extends)
+        start = self.start.model_copy(update={"initial_lora": absolute(self.start.initial_lora), "extends": extends})
         paths = {field: absolute(getattr(self, field)) for field in ("encoded", "runs_folder", "loras_folder")}
         return self.model_copy(update={"base": base, "start": start, **paths})
 

@@ -19,16 +19,15 @@ _SHOWN_LINES = 5
 _started: list[subprocess.Popen[bytes]] = []
 
 
-def launch(run: Run, processes: int = 1) -> int:
+def launch(run: Run) -> int:
     """Start a worker for `run` in the background and return its process id, once it (or another worker) holds the run.
 
-    `processes` > 1 starts one per GPU by torchrun, which accelerate understands (accelerate's own launcher cannot start
-    several on a CPU). The worker's output is appended to worker.log.
+    The worker's output is appended to worker.log.
     Raises RunError with the log's last lines when the worker ends before it took the run.
     """
     _started[:] = [process for process in _started if process.poll() is None]
     _, before = run.follow_events()
-    process = _start(run, processes)
+    process = _start(run)
     _started.append(process)
     give_up = time.monotonic() + _PATIENCE_SECONDS
     while not run.live:
@@ -53,17 +52,15 @@ def last_log_lines(run: Run, count: int = _SHOWN_LINES) -> str:
     return "\n".join(lines[-count:])
 
 
-def _command(run: Run, processes: int) -> list[str]:
+def _command(run: Run) -> list[str]:
     # Unbuffered UTF-8 and faulthandler: the log must tell the last moment of a process that died in native code.
     python = [sys.executable, "-u", "-X", "utf8", "-X", "faulthandler"]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [*python, str(WORKER), str(run.folder)]
 
 
-def _start(run: Run, processes: int) -> subprocess.Popen[bytes]:
+def _start(run: Run) -> subprocess.Popen[bytes]:
     with run.log_file.open("ab") as log:
-        command = _command(run, processes)
+        command = _command(run)
         if sys.platform == "win32":
             # Not DETACHED_PROCESS: without any console, each program that the worker starts would open a window.
             flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP

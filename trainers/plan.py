@@ -12,9 +12,11 @@ import torch
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded, EncodedItem
 from .data.order import Order
+from .errors import DatasetError
 from .family import Family, Variant, detect
 from .job import Job
 from .preflight import check
+from .run import run_of
 
 Bucket = tuple[int, int, int]
 """Frames, height and width in pixels."""
@@ -65,8 +67,15 @@ def hand_over(job: Job) -> Job:
     Raises JobError with every problem.
     """
     job = job.with_absolute_paths(Path.cwd())
-    check(job)
-    return job.model_copy(update={"encoded_identity": Encoded.open(Path(job.encoded)).identity})
+    try:
+        encoded = Encoded.open(Path(job.encoded))
+        encoded.keep_version()
+        job = job.model_copy(update={"encoded_identity": encoded.identity})
+    except DatasetError:
+        check(job)  # tells this problem with all the others
+    run = run_of(job)
+    check(job, started=run is not None and run.latest_checkpoint() is not None)
+    return job
 
 
 def make_plan(job: Job) -> Plan:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import pick_device
 from .errors import JobError, MissingPackage, Problem, ProblemsError, RunError, VideoTrainerError
-from .family import Detection, LatentSpec, detect, family_of
+from .family import Detection, detect, family_of
 from .job import Job
 from .lora_metadata import describe
 from .optimizers import check_installed
 from .previews import negative_prompt
-from .run import find_run
+from .run import Run, find_run
 
 
-def check(job: Job) -> None:
-    """Raises JobError with every problem of the job; returns when it can run."""
-    if problems := list(find_problems(job)):
+def check(job: Job, started: bool = False) -> None:
+    """Raises JobError with every problem of the job; returns when it can run.
+
+    A run that has `started` goes on from its own checkpoints: what it began with may be gone.
+    """
+    if problems := list(find_problems(job, started)):
         raise JobError(problems, subject=f"The job {job.name} cannot run")
 
 
-def find_problems(job: Job) -> Iterator[Problem]:
+def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
     """Each problem of the job. Reads headers, never tensors."""
     detection = encoded = None
     try:
@@ -34,7 +37,10 @@ def find_problems(job: Job) -> Iterator[Problem]:
         encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     except VideoTrainerError as error:
         yield from _problems("encoded", error)
-    for attempt in (lambda: pick_device(job), lambda: check_installed(job.optimizer), lambda: _check_start(job)):
+    checks: list[Callable[[], object]] = [lambda: _check_device(job), lambda: check_installed(job.optimizer)]
+    if not started:
+        checks.append(lambda: _check_start(job))
+    for attempt in checks:
         try:
             attempt()
         except VideoTrainerError as error:
@@ -46,7 +52,7 @@ def find_problems(job: Job) -> Iterator[Problem]:
 
 
 def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> Iterator[Problem]:
-    if detection and _latents_of(encoded.variant) != (detection.family.id, detection.family.latent(detection.variant)):
+    if detection and not _same_latents(encoded.variant, detection):
         yield Problem(
             f"the data set was encoded for {encoded.variant}, the base is {detection.variant.id}",
             "latents belong to one VAE",
@@ -61,9 +67,13 @@ def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> I
         yield Problem(f"caption_dropout is {job.caption_dropout}", 'the empty caption "" must be encoded', "Encode the data set again.")
 
 
-def _latents_of(variant_id: str) -> tuple[str, LatentSpec]:
-    family, variant = family_of(variant_id)
-    return family.id, family.latent(variant)
+def _same_latents(variant_id: str, detection: Detection) -> bool:
+    """Whether latents made for a variant are those of the detected one; a variant that is not known here has others."""
+    try:
+        family, variant = family_of(variant_id)
+    except VideoTrainerError:
+        return False
+    return family is detection.family and family.latent(variant) == detection.family.latent(detection.variant)
 
 
 def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -> Iterator[Problem]:
@@ -89,9 +99,24 @@ def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -
             yield Problem(f"the preview prompt {prompt!r} is not encoded", "prompts are encoded with the data set", remedy)
 
 
+def _check_device(job: Job) -> None:
+    device = pick_device(job)
+    if job.precision == "fp16" and device.type != "cuda":
+        raise JobError(Problem(f"precision is fp16 on {device}", "loss scaling needs a CUDA card", "Use auto, bf16 or fp32."))
+
+
 def _check_start(job: Job) -> None:
     if job.start.extends:
-        extended_folder(job)
+        other, step = extended_run(job)
+        problems = [
+            Problem(f"{name} is {mine}, in {other.name} it is {theirs}", "extends goes on exactly", f"Use {theirs}, or start.initial_lora.")
+            for name, mine, theirs in _same_in_both(job, other.job)
+            if mine != theirs
+        ]
+        if job.steps is not None and job.steps <= step:
+            problems.append(Problem(f"steps is {job.steps}", f"{step} of them are done", f"Use more than {step}."))
+        if problems:
+            raise JobError(problems)
     if job.start.initial_lora:
         path = Path(job.start.initial_lora)
         if (ranks := describe(path).ranks) != (job.lora.rank,):
@@ -101,17 +126,34 @@ def _check_start(job: Job) -> None:
             )
 
 
-def extended_folder(job: Job) -> Path:
-    """The checkpoint that `start.extends` names. Raises RunError when it is not there."""
+def _same_in_both(job: Job, other: Job) -> list[tuple[str, object, object]]:
+    """(name, here, there) of what must not change when a run goes on exactly."""
+    return [
+        ("lora.rank", job.lora.rank, other.lora.rank),
+        ("lora.alpha", job.lora.alpha, other.lora.alpha),
+        ("lora.targets", job.lora.targets, other.lora.targets),
+        ("optimizer.kind", job.optimizer.kind, other.optimizer.kind),
+        ("batch_size", job.batch_size, other.batch_size),
+        ("accumulation", job.accumulation, other.accumulation),
+        ("seed", job.seed, other.seed),
+    ]
+
+
+def extended_run(job: Job) -> tuple[Run, int]:
+    """The run and the step that `start.extends` names. Raises JobError when the checkpoint is not there."""
     assert job.start.extends is not None
+    value, remedy = f"start.extends is {job.start.extends!r}", "Use a checkpoint that is there, or start.initial_lora."
     name, _, step = job.start.extends.rpartition("@")
     if not name or not step.isdigit():
-        raise RunError(f"start.extends is {job.start.extends!r}; it must be RUN@STEP, as in my-run@500.")
-    other = find_run(Path(job.runs_folder), name)
+        raise JobError(Problem(value, "it must be RUN@STEP", "Write it as in my-run@500."))
+    try:
+        other = find_run(Path(job.runs_folder), name)
+    except RunError as error:
+        raise JobError(Problem(value, f"the run must be there ({error})", remedy)) from None
     if int(step) not in other.checkpoints():
         there = ", ".join(str(s) for s in other.checkpoints()) or "none"
-        raise RunError(f"start.extends is {job.start.extends!r}; that run keeps checkpoints of steps {there}. Use one of them.")
-    return other.checkpoint_folder(int(step))
+        raise JobError(Problem(value, f"that run keeps checkpoints of steps {there}", remedy))
+    return other, int(step)
 
 
 def _problems(field: str, error: VideoTrainerError) -> list[Problem]:

@@ -39,27 +39,40 @@ class Previews:
         """Samples every prompt into `samples/step-000500-0.mp4` when it is time; what is there already stays."""
         spec, training = self.training.job.previews, self.training
         wanted = spec.before_training if step == 0 else due(step, spec.every_steps, last)
-        if not (wanted and spec.every_steps and spec.prompts and training.accelerator.is_main_process):
+        if not (wanted and spec.every_steps and spec.prompts):
             return
         paths = [training.run.samples_folder / f"step-{step:06d}-{i}.mp4" for i in range(len(spec.prompts))]
         missing = [i for i, path in enumerate(paths) if not path.exists()]
-        for i in missing:
-            self._write_one(paths[i], spec.prompts[i], spec.seed + i)
+        try:
+            for i in missing:
+                self._write_one(paths[i], spec.prompts[i], spec.seed + i)
+        except torch.OutOfMemoryError:
+            told = f"no memory for a preview of {spec.num_frames} frames of {spec.width}x{spec.height}; training goes on without it"
+            training.run.event("sample", step=step, files=[], message=told)
+            missing = []
+        finally:
+            self._make_room()
         if missing:
             training.run.event("sample", step=step, files=[path.name for path in paths])
 
+    def _make_room(self) -> None:
+        """Gives the memory back to the training."""
+        self.training.transformer.train()
+        if self.vae is not None:
+            self.vae.to("cpu")
+        if self.training.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _write_one(self, path: Path, prompt: str, seed: int) -> None:
         training, spec = self.training, self.training.job.previews
-        transformer = training.accelerator.unwrap_model(training.transformer)
+        transformer = training.transformer
         latent = training.family.latent(training.variant)
         solver = Solver.of(training.family, training.variant, spec.sampling_steps, spec.shift, spec.cfg)
         noise = preview_noise(seed, latent.shape(spec.num_frames, spec.height, spec.width))[None].to(training.device)
         text = training.encoded.text(training.encoded.prompts[prompt])
         negative = training.encoded.text(training.encoded.prompts[negative_prompt(spec, training.family, training.variant)])
-        was_training = transformer.training
         transformer.eval()
         latents = sample_latents(training.family, training.variant, transformer, noise, [text], negative, solver, training.dtype)
-        transformer.train(was_training)
         write_video(path, self._decode(latents), latent.fps)
 
     def _decode(self, latents_BCFHW: torch.Tensor) -> npt.NDArray[np.uint8]:
@@ -73,5 +86,4 @@ class Previews:
             self.vae = load_vae(checkpoint, training.family, torch.device("cpu"), torch.float32)
         vae = self.vae.to(training.device)
         frames: npt.NDArray[np.uint8] = decode_frames(training.family, vae, latents_BCFHW)[0].numpy()
-        self.vae.to("cpu")
         return frames

@@ -271,7 +271,7 @@ def _take_up(run: Run) -> HowFound:
 
 def _with_free_name(job: Job) -> Job:
     number = 1
-    while (Path(job.runs_folder) / _numbered(job.name, number)).exists():
+    while any((Path(folder) / _numbered(job.name, number)).exists() for folder in (job.runs_folder, job.loras_folder)):
         number += 1
     return job.model_copy(update={"name": _numbered(job.name, number)})
 

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from .environment import go_offline, process_index
+from .environment import allow_determinism, go_offline
 from .errors import VideoTrainerError
 from .lock import FileLock, device_lock
 from .run import Run
@@ -21,8 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     go_offline()
     (folder,) = arguments
     run = Run.open(Path(folder))
-    if process_index() > 0:
-        return _assist(run)
+    if run.job.deterministic:
+        allow_determinism()
     lock = run.lock()
     if not lock.acquire():
         print(f"{run.name} has a worker already; this one ends.")
@@ -46,14 +46,6 @@ def _work(run: Run) -> int:
     run.clear("stop")
     run.clear("pause")
     run.event(outcome)
-    return 0
-
-
-def _assist(run: Run) -> int:
-    """The work of a further process of a run on several cards: the first one alone holds the locks and tells."""
-    from .trainer import train
-
-    train(run)
     return 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 
 import torch
 
+from .errors import RunError
 from .evaluate import HeldOut
 from .flow import derived_seed
 from .job import due
@@ -14,7 +16,7 @@ from .optimizers import learning_rate_factor, set_learning_rate
 from .predict import batch_loss
 from .previews import Previews
 from .run import Run
-from .run_status import OUTCOMES, Outcome, Request
+from .run_status import OUTCOMES, Outcome
 from .training import Training, open_training, save_checkpoint
 
 
@@ -24,12 +26,11 @@ def train(run: Run) -> Outcome:
     Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can mend.
     """
     training = open_training(run)
-    if training.accelerator.is_main_process:
-        run.event("training", step=training.step, total_steps=training.total_steps)
+    run.event("training", step=training.step, total_steps=training.total_steps)
     previews, held_out = Previews.of(training), HeldOut.of(run.job, training.family, training.variant, training.encoded)
-    previews.write_if_due(training.step)
+    previews.write_if_due(training.step, training.step == training.total_steps)
     while training.step < training.total_steps:
-        if asked := requested(training):
+        if asked := run.requested():
             if training.step:
                 save_checkpoint(training)
             return OUTCOMES[asked]
@@ -44,16 +45,6 @@ def train(run: Run) -> Outcome:
         previews.write_if_due(training.step, last)
     training.accelerator.end_training()
     return "done"
-
-
-def requested(training: Training) -> Request | None:
-    """What the run is asked to do: the same for all its processes, or they would wait for each other for ever."""
-    if training.accelerator.num_processes == 1:
-        return training.run.requested()
-    from accelerate.utils import broadcast_object_list
-
-    answer: Request | None = broadcast_object_list([training.run.requested()])[0]
-    return answer
 
 
 def optimize(training: Training) -> dict[str, float]:
@@ -73,6 +64,7 @@ def optimize(training: Training) -> dict[str, float]:
         loss_sum += loss.detach() / len(mine)
         sigma_sum += batch.sigma_B.mean() / len(mine)
     grad_norm = accelerator.clip_grad_norm_(training.parameters, job.optimizer.max_grad_norm or float("inf"))
+    check_finite(training, float(grad_norm), float(loss_sum))
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     loss_mean, sigma_mean = accelerator.reduce(torch.stack([loss_sum, sigma_sum]), "mean").tolist()
@@ -84,6 +76,17 @@ def optimize(training: Training) -> dict[str, float]:
         "sigma": sigma_mean,
         "seconds": time.perf_counter() - started,
     }
+
+
+def check_finite(training: Training, grad_norm: float, loss: float) -> None:
+    """Raises RunError for a step that would turn the LoRA into not-a-numbers; a loss scaler skips such a step by itself."""
+    if training.accelerator.scaler is None and not (math.isfinite(grad_norm) and math.isfinite(loss)):
+        good = training.run.latest_checkpoint()
+        kept = f"The checkpoint of step {good} is kept" if good else "Nothing was kept yet"
+        raise RunError(
+            f"loss is {loss:g} and the gradient's norm {grad_norm:g} in step {training.step}; both must be finite. "
+            f"{kept}; lower optimizer.learning_rate, or use precision bf16 or fp32, and train again."
+        )
 
 
 def report(training: Training, metrics: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ from .lora import adapter_state, inject, load_adapter_state
 from .lora_format import read_lora, write_lora
 from .lora_metadata import lora_metadata
 from .optimizers import build_optimizer
-from .preflight import check, extended_folder
+from .preflight import check, extended_run
 from .run import Run
 from .state import Position, check_position, read_adapter, read_optimizer, read_position, save_state
 
@@ -58,7 +58,7 @@ def open_training(run: Run) -> Training:
     Raises VideoTrainerError with all that is wrong before anything is loaded.
     """
     job = run.job
-    check(job)
+    check(job, started=run.latest_checkpoint() is not None)
     device = pick_device(job)
     precision = pick_precision(job, device)
     torch.use_deterministic_algorithms(job.deterministic)
@@ -89,23 +89,20 @@ def open_training(run: Run) -> Training:
         dtype=DTYPES[precision],
     )
     _restore(training)
-    if accelerator.num_processes > 1:
-        training.transformer = accelerator.prepare_model(transformer, device_placement=False)
     _start_trackers(training)
     return training
 
 
 def save_checkpoint(training: Training) -> None:
     """Writes the checkpoint of the present step, then its LoRA file, and drops the oldest checkpoints."""
-    if not training.accelerator.is_main_process:
-        return
-    run, adapter = training.run, adapter_state(training.accelerator.unwrap_model(training.transformer), training.job.lora)
-    scaler = training.accelerator.scaler
+    run, adapter = training.run, adapter_state(training.transformer, training.job.lora)
+    scaler, known = training.accelerator.scaler, training.step in run.checkpoints() and lora_path(run, training.step).exists()
     if training.step not in run.checkpoints():
         with run.writing_checkpoint(training.step) as folder:
             save_state(folder, training.position, adapter, training.optimizer.state_dict(), scaler.state_dict() if scaler else None)
     lora = _write_lora(training, adapter)
-    run.event("checkpoint", step=training.step, lora=lora.name)
+    if not known:
+        run.event("checkpoint", step=training.step, lora=lora.name)
     run.prune_checkpoints(training.job.checkpoints.keep_last)
 
 
@@ -143,9 +140,14 @@ def _restore(training: Training) -> None:
         _load_checkpoint(training, run.checkpoint_folder(step))
         save_checkpoint(training)
     elif start.extends:
-        _load_checkpoint(training, extended_folder(training.job))
+        _load_checkpoint(training, _extended_folder(training.job))
     elif start.initial_lora:
         load_adapter_state(training.transformer, read_lora(Path(start.initial_lora), training.family))
+
+
+def _extended_folder(job: Job) -> Path:
+    run, step = extended_run(job)
+    return run.checkpoint_folder(step)
 
 
 def _load_checkpoint(training: Training, folder: Path) -> None:

@@ -61,7 +61,4 @@ def test_a_worker_that_cannot_start_says_why(make_job, monkeypatch, tmp_path):
 
 def test_the_command_holds_two_paths_and_nothing_of_the_user(make_job):
     run = Run.create(make_job("--danger"))
-    assert launch._command(run, 1)[-2:] == [str(launch.WORKER), str(run.folder)]
-    worker = [str(launch.WORKER), str(run.folder)]
-    many = launch._command(run, 4)
-    assert many[many.index("-m") :] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", *worker]
+    assert launch._command(run)[-2:] == [str(launch.WORKER), str(run.folder)]

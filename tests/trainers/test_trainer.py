@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import TinyShape, tiny_job, write_encoded
 
+from trainers import previews, trainer
+from trainers.demo.demo import VAE
 from trainers.errors import JobError, RunError, VideoTrainerError
-from trainers.run import Run
+from trainers.job import Job, parse_job
+from trainers.run import Run, attach_or_create
+from trainers.stable_file import save_file
 from trainers.trainer import train
 from trainers.training import lora_path
 
@@ -60,6 +67,38 @@ def test_stop_and_resume_is_the_straight_run(tmp_path):
     assert events(again)[-1] == "checkpoint"
     assert lora_path(straight, 6).read_bytes() == lora_path(again, 6).read_bytes()
     assert losses(straight) == losses(again)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8_scaled"])
+def test_stop_and_resume_in_bf16_and_over_an_fp8_base(tmp_path, kind):
+    loras = []
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+        job = tiny_job(tmp_path / name, SHAPE, steps=4, precision="bf16", gradient_checkpointing=True)
+        if kind == "fp8_scaled":
+            as_fp8_scaled(Path(job.base.transformer))
+        run = Run.create(job)
+        if name == "stopped":
+            run.metrics = stop_after(run, 2)
+            assert train(run) == "stopped"
+            run = Run.open(run.folder)
+            run.clear("stop")
+        assert train(run) == "done"
+        loras.append(lora_path(run, 4).read_bytes())
+    assert loras[0] == loras[1]
+
+
+def as_fp8_scaled(path: Path) -> None:
+    """Store the Linears of the blocks as fp8 with a scale, in the older of the two spellings."""
+    stored = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, tensor in load_file(path).items():
+        if name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2:
+            scale = tensor.abs().max() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[name.replace(".weight", ".scale_weight")] = scale.float()
+        else:
+            stored[name] = tensor.clone()
+    save_file(stored, path, overwrite=True)
 
 
 def stop_after(run: Run, step: int):
@@ -117,6 +156,85 @@ def test_initial_lora_is_where_it_starts(tmp_path):
     train(second)
     before, after = load_file(lora_path(first, 5)), load_file(lora_path(second, 1))
     assert all(torch.allclose(before[key], after[key], atol=1e-9) for key in before)
+
+
+def test_what_a_run_began_with_may_be_gone_when_it_is_resumed(tmp_path):
+    job = tiny_job(tmp_path, SHAPE, name="first", steps=2)
+    first = Run.create(job)
+    train(first)
+    rest = Run.create(tiny_job_extending(job.model_copy(update={"steps": 5}), "first@2"))
+    rest.metrics = stop_after(rest, 3)
+    assert train(rest) == "stopped"
+    shutil.rmtree(first.folder)
+    again = Run.open(rest.folder)
+    again.clear("stop")
+    assert train(again) == "done"
+
+
+def test_extends_refuses_what_would_not_be_the_same_run(tmp_path):
+    job = tiny_job(tmp_path, SHAPE, name="first", steps=2)
+    train(Run.create(job))
+    changed = job.model_copy(update={"steps": 2, "batch_size": 3, "lora": job.lora.model_copy(update={"rank": 8})})
+    with pytest.raises(JobError) as caught:
+        train(Run.create(tiny_job_extending(changed, "first@2")))
+    assert [str(problem).split(";")[0] for problem in caught.value.problems] == [
+        "lora.rank is 8, in first it is 4",
+        "batch_size is 3, in first it is 1",
+        "steps is 2",
+    ]
+
+
+def test_a_name_whose_loras_are_kept_is_not_taken_again(tmp_path):
+    job = tiny_job(tmp_path, SHAPE, steps=1)
+    run, _ = attach_or_create(job)
+    train(run)
+    shutil.rmtree(run.folder)
+    again, how = attach_or_create(job)
+    assert (again.name, how) == ("tiny-2", "created")
+
+
+def test_a_step_that_is_not_finite_ends_the_run_before_the_lora_is_spoilt(tmp_path, monkeypatch):
+    run = new_run(tmp_path, steps=4, checkpoints={"every_steps": 1})
+    real = trainer.batch_loss
+
+    def sometimes_nan(family, variant, transformer, batch):
+        loss = real(family, variant, transformer, batch)
+        return loss * float("nan") if len(run.read_metrics()) == 2 else loss
+
+    monkeypatch.setattr(trainer, "batch_loss", sometimes_nan)
+    with pytest.raises(RunError, match=r"in step 3; both must be finite.*step 2 is kept"):
+        train(run)
+    assert run.checkpoints() == [1, 2]
+
+
+def test_a_preview_without_memory_is_told_and_training_goes_on(tmp_path, monkeypatch):
+    run = Run.create(job_with_previews(tmp_path))
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(previews, "sample_latents", no_memory)
+    assert train(run) == "done"
+    told = [event["message"] for event in run.read_events() if event["event"] == "sample"]
+    assert told
+    assert all("no memory" in message for message in told)
+
+
+def test_the_last_preview_comes_even_after_a_kill_before_it(tmp_path):
+    run = Run.create(job_with_previews(tmp_path))
+    assert train(run) == "done"
+    files = sorted(path.name for path in run.samples_folder.iterdir())
+    assert files == ["step-000000-0.mp4", "step-000002-0.mp4", "step-000003-0.mp4"]
+    (run.samples_folder / files[-1]).unlink()
+    train(Run.open(run.folder))
+    assert sorted(path.name for path in run.samples_folder.iterdir()) == files
+
+
+def job_with_previews(folder: Path) -> Job:
+    job = tiny_job(folder, SHAPE, steps=3, base={"transformer": "", "vae": str(VAE)})
+    transformer = str(folder / "tiny_wan2.1_t2v.safetensors")
+    spec = {"every_steps": 2, "prompts": ["a preview"], "width": 32, "height": 32, "num_frames": 5, "sampling_steps": 2}
+    return parse_job(job.model_dump(mode="json") | {"base": {"transformer": transformer, "vae": str(VAE)}, "previews": spec})
 
 
 def test_epochs_are_counted_in_steps(tmp_path):

@@ -79,12 +79,19 @@ class Encoded:
 
     def save(self) -> None:
         """Write `encoded.json`; an older one is replaced, and stays to be opened by its identity."""
-        values = {"schema_version": SCHEMA_VERSION, "cache": self._cache_path(), **self._content()}
-        text = json.dumps(values, sort_keys=True, indent=1) + "\n"
+        self.keep_version()
+        _replace(self.folder / FILE_NAME, self._text())
+
+    def keep_version(self) -> None:
+        """Let this content be opened by its identity, whatever becomes of `encoded.json`."""
         version = _version_path(self.folder, self.identity)
         version.parent.mkdir(parents=True, exist_ok=True)
-        _replace(version, text)
-        _replace(self.folder / FILE_NAME, text)
+        if not version.exists():
+            _replace(version, self._text())
+
+    def _text(self) -> str:
+        values = {"schema_version": SCHEMA_VERSION, "cache": self._cache_path(), **self._content()}
+        return json.dumps(values, sort_keys=True, indent=1) + "\n"
 
     def latents_CFHW(self, item: EncodedItem) -> torch.Tensor:
         """Normalised latents of an item, float32. Raises DatasetError when its file is missing or damaged."""
