@@ -190,3 +190,12 @@ def test_the_project_file_names_what_is_there():
     assert "web" not in project["tool"]["comfy"], "WEB_DIRECTORY says it already; twice would load each script twice"
     assert (ROOT / "web").is_dir()
     assert (ROOT / "LICENSE").read_text().strip().startswith("Apache License")
+
+
+def test_the_readme_names_files_that_are_there():
+    text = (ROOT / "README.md").read_text("utf-8")
+    there = {path.name for path in TRAINERS} | {"__init__.py"}
+    named = set(re.findall(r"\b(\w+\.py)\b", text))
+    assert named <= there
+    top = {_name(path) for path in TRAINERS if path.parent == ROOT / "trainers"} - {"trainers/__init__.py", "trainers/__main__.py"}
+    assert {name for name in top if Path(name).stem not in text} == set()

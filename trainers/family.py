@@ -84,18 +84,18 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """One published model of a family. `file_hints` are regular expressions on a file's name, most telling first."""
+    """One published model of a family."""
 
     id: str
     title: str
-    file_hints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Detection:
     """What a file's header says: the variants it may be (the likeliest first) and the transformer's full config.
 
-    `notes` are sentences for the user about what the tensors cannot tell; `reason` is what the choice was made by.
+    `notes` are sentences for the user about what the tensors cannot tell; `reason` is what the choice was made by. `doubt`
+    is what the file's name says against the choice: then only a user who names the variant can make it.
     """
 
     family: Family
@@ -103,6 +103,7 @@ class Detection:
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     reason: str = ""
+    doubt: Problem | None = None
 
     @property
     def variant(self) -> Variant:
@@ -236,17 +237,20 @@ def family_of(variant_id: str) -> tuple[Family, Variant]:
 def detect(checkpoint: Checkpoint, variant_id: str | None = None) -> Detection:
     """What a checkpoint is, by its header; `variant_id` overrides the choice among the candidates.
 
-    Raises CheckpointError when no family knows it, or when the chosen variant is not a candidate.
+    Raises CheckpointError when no family knows it, when its name speaks against it and no variant is chosen, or when the
+    chosen variant is not a candidate.
     """
     for family in families().values():
         detection = family.detect(checkpoint)
         if detection is None:
             continue
+        if variant_id is None and detection.doubt:
+            raise CheckpointError(detection.doubt)
         if variant_id is None:
             return detection
         chosen = [variant for variant in detection.variants if variant.id == variant_id]
         if chosen:
-            return replace(detection, variants=tuple(chosen))
+            return replace(detection, variants=tuple(chosen), doubt=None)
         can_be = ", ".join(variant.id for variant in detection.variants)
         raise CheckpointError(
             Problem(

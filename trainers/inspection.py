@@ -99,7 +99,7 @@ def _transformer(checkpoint: Checkpoint) -> Report | None:
                 variants=tuple(variant.id for variant in detection.variants),
                 reason=detection.reason,
                 config=detection.config,
-                notes=detection.notes,
+                notes=(*detection.notes, *([str(detection.doubt)] if detection.doubt else [])),
             )
     return None
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from .batches import Samples
 from .checkpoint import Checkpoint
-from .data.encoded import Encoded, EncodedItem
-from .data.order import Order
+from .data.encoded import Encoded
 from .errors import DatasetError
 from .family import Family, Variant, detect
 from .job import Job
@@ -83,28 +83,23 @@ def make_plan(job: Job) -> Plan:
     check(job)
     detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
     encoded = Encoded.open(Path(job.encoded))
-    training = [item for item in encoded.items if not item.held_out]
+    samples = Samples.of(job, detection.family, encoded, 1, torch.device("cpu"), torch.float32)
     spec = detection.family.latent(detection.variant)
-    buckets = Counter(_bucket(item) for item in training)
-    order = Order([_bucket(item) for item in training], [item.repeats for item in training], job.batch_size, job.accumulation, job.seed)
+    buckets = Counter((item.num_frames, item.height, item.width) for item in samples.items)
     adapters, parameters = _adapters(job, detection.family, detection.config)
     return Plan(
         job=job,
         family=detection.family,
         variant=detection.variant,
-        clips=len(training),
-        held_out=len(encoded.items) - len(training),
+        clips=len(samples.items),
+        held_out=len(encoded.items) - len(samples.items),
         buckets=buckets,
         tokens={bucket: spec.tokens(*bucket) for bucket in buckets},
-        steps=job.steps if job.steps is not None else order.steps(job.epochs or 1),
-        steps_per_epoch=order.micro_per_epoch / order.micro_per_step,
+        steps=samples.total_steps,
+        steps_per_epoch=samples.order.micro_per_epoch / samples.order.micro_per_step,
         adapters=adapters,
         parameters=parameters,
     )
-
-
-def _bucket(item: EncodedItem) -> Bucket:
-    return item.num_frames, item.height, item.width
 
 
 def _adapters(job: Job, family: Family, config: Mapping[str, object]) -> tuple[int, int]:

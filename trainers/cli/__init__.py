@@ -27,6 +27,12 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(
+            f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}). Check the disk and the permissions.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -200,10 +200,9 @@ class Wan:
             raise _not_trained(checkpoint, kind.variant.title)
         KEYS.map_file(shapes)
         version = _version_by_name(checkpoint.path)
-        if kind.variant == _T2V_14B and version == "2.2":
-            raise _not_trained(checkpoint, "Wan 2.2 T2V A14B, by its name")
         notes = (_A14B_NOTE,) if kind.variant == _T2V_14B and version is None else ()
-        return Detection(FAMILY, (kind.variant,), config, notes, _reason(config))
+        doubt = _named_2_2(checkpoint) if kind.variant == _T2V_14B and version == "2.2" else None
+        return Detection(FAMILY, (kind.variant,), config, notes, _reason(config), doubt)
 
     def build(self, config: Mapping[str, Any]) -> torch.nn.Module:
         """See Family. The rope tables are computed, not stored in any file, and so are real tensors on the CPU."""
@@ -381,6 +380,11 @@ def _version_by_name(path: Path) -> str | None:
 
 def _not_trained(checkpoint: Checkpoint, what: str, remedy: str = "Give a Wan 2.1 text-to-video model.") -> CheckpointError:
     return CheckpointError(Problem(f"{checkpoint.path.name} is {what}", "only Wan 2.1 text to video is trained yet", remedy))
+
+
+def _named_2_2(checkpoint: Checkpoint) -> Problem:
+    value, rule = f"{checkpoint.path.name} is Wan 2.2 T2V A14B, by its name", "only Wan 2.1 text to video is trained yet"
+    return Problem(value, rule, f"Give a Wan 2.1 model, or say variant {_T2V_14B.id} if it is one (the tensors are alike).")
 
 
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,6 +114,7 @@ def test_refuses_a_wan_with_a_branch(tmp_path: Path, branch: str, title: str) ->
 def test_a_14b_that_is_named_2_2_is_refused(tmp_path: Path, file_name: str) -> None:
     with pytest.raises(CheckpointError, match=r"Wan 2\.2 T2V A14B"):
         detect(header_of(tmp_path, T2V_14B, file_name))
+    assert detect(header_of(tmp_path, T2V_14B, file_name), "wan2.1-t2v-14b").variant.id == "wan2.1-t2v-14b", "the user decides"
 
 
 def test_the_folder_names_the_version_when_the_file_does_not(tmp_path: Path) -> None:
