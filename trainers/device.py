@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from .errors import JobError, Problem
-from .job import Job
+from .job import DEVICE_PATTERN, Job
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_device(job: Job) -> torch.device:
     """The job's device; "auto" is the first CUDA card, else the CPU. Raises JobError when the device is not there."""
-    name = job.device
+    return find_device(job.device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name, as `pick_device`. Raises JobError when there is none of that name."""
     if name == "auto":
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(DEVICE_PATTERN, name):
+        raise JobError(Problem(f"device is {name!r}", "known are auto, cpu, cuda, cuda:1 and so on, mps", 'Use "auto".'))
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} CUDA cards are visible"
-        raise JobError(Problem(f"device is {job.device!r}", f"it must exist ({found})", 'Use "auto", or "cpu".'))
+        raise JobError(Problem(f"device is {name!r}", f"it must exist ({found})", 'Use "auto", or "cpu".'))
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise JobError(Problem('device is "mps"', "it needs Apple's Metal, which is not here", 'Use "auto", or "cpu".'))
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -6,9 +6,11 @@ immutable: two jobs are the same run exactly when their canonical JSON is the sa
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import JobError, Problem
 
 SCHEMA_VERSION = 1
+DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d+)?|mps)$"
 
 _WINDOWS_DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))})
 
@@ -184,7 +187,7 @@ class Job(_Spec):
     """Recompute each block in the backward pass: a third more time for a fraction of the memory."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the card has it, else fp16 with loss scaling; fp32 on CPU."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
+    device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "auto"
     """auto: the first CUDA card, else the CPU."""
     deterministic: bool = False
     """Bit-for-bit repeatable on CUDA too, where PyTorch can; slower."""
@@ -274,9 +277,31 @@ def _problem(details: Any) -> Problem:
     field = ".".join(str(part) for part in details["loc"]) or "the job"
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] == "extra_forbidden":
-        return Problem(f"{field} is no field of a job", "every field must be known", "Check its spelling.")
+        return Problem(f"{field} is no field of a job", "every field must be known", _did_you_mean(field))
     if details["type"] == "missing":
         return Problem(f"{field} is missing", "a job must have it", "Add it.")
     if details["type"] == "value_error":
         return Problem(message.split("; ")[0], message.split("; ")[-1], "Change it." if details["loc"] else "Change one of them.")
-    return Problem(f"{field} is {details['input']!r}", message[0].lower() + message[1:], "Change it.")
+    rule = message[0].lower() + message[1:]
+    if details["type"] == "string_pattern_mismatch" and field == "name":
+        rule = "a name has up to 100 letters a to z, digits, dots, dashes and underscores, and begins with a letter or digit"
+    if details["type"] in ("tuple_type", "list_type"):
+        rule = 'it must be a list, as in ["one", "two"]'
+    return Problem(f"{field} is {details['input']!r}", rule, "Change it.")
+
+
+def _did_you_mean(field: str) -> str:
+    """The field that was meant, by its own name in another place, or by its spelling."""
+    known = list(_field_names(Job))
+    last = field.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == last] or difflib.get_close_matches(field, known, n=1)
+    return f"Did you mean {' or '.join(near)}?" if near else "Check its spelling, and the table it stands in."
+
+
+def _field_names(spec: type[BaseModel], before: str = "") -> Iterator[str]:
+    for name, info in spec.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _field_names(inner, f"{before}{name}.")
+        else:
+            yield before + name

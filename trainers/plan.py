@@ -53,12 +53,24 @@ class Plan:
                 for (frames, height, width), count in sorted(self.buckets.items(), reverse=True)
             ),
             f"steps    {self.steps} of {job.batch_size * job.accumulation} clips; {self.steps_per_epoch:.1f} are an epoch",
+            *self._start_lines(),
             f"LoRA     rank {job.lora.rank} on {self.adapters} layers ({job.lora.targets.replace('_', ' ')}): "
             f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB",
             f"learning {job.optimizer.kind}, rate {job.optimizer.learning_rate:g}, {job.optimizer.schedule}",
             f"output   {Path(job.loras_folder) / job.name}",
         ]
         return "\n".join(lines)
+
+    def _start_lines(self) -> list[str]:
+        job, lines = self.job, []
+        if job.start.extends:
+            done = int(job.start.extends.rpartition("@")[2])
+            lines.append(f"start    from {job.start.extends}: {self.steps - done} steps more, up to {self.steps}")
+        if job.start.initial_lora:
+            lines.append(f"start    from {Path(job.start.initial_lora).name}, at step 0")
+        if job.batch_size > self.clips:
+            lines.append(f"note     batch_size is {job.batch_size}, more than the {self.clips} clips: no batch will be full")
+        return lines
 
 
 def hand_over(job: Job) -> Job:

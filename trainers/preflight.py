@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import pick_device
-from .errors import JobError, MissingPackage, Problem, ProblemsError, RunError, VideoTrainerError
+from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
 from .family import Detection, detect, family_of
 from .job import Job
 from .lora_metadata import describe
@@ -159,7 +160,7 @@ def extended_run(job: Job) -> tuple[Run, int]:
 def _problems(field: str, error: VideoTrainerError) -> list[Problem]:
     if isinstance(error, ProblemsError):
         return list(error.problems)
-    if isinstance(error, MissingPackage):
-        value, _, remedy = str(error).partition("; ")
-        return [Problem(value, *remedy.split(". ", 1))]
+    told = re.fullmatch(r"(.*?); (.*?)\. (.*)", str(error), re.DOTALL)
+    if told:
+        return [Problem(f"{field}: {told[1]}" if field else told[1], told[2], told[3])]
     return [Problem(f"{field}: {error}" if field else str(error), "it must be usable", "Mend it and try again.")]

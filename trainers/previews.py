@@ -43,6 +43,8 @@ class Previews:
             return
         paths = [training.run.samples_folder / f"step-{step:06d}-{i}.mp4" for i in range(len(spec.prompts))]
         missing = [i for i, path in enumerate(paths) if not path.exists()]
+        if missing:
+            training.run.event("sample", step=step, files=[], message=f"sampling {len(missing)} previews at step {step} ...")
         try:
             for i in missing:
                 self._write_one(paths[i], spec.prompts[i], spec.seed + i)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Problem, VideoTrainerError
+from ..errors import JobError, Problem, VideoTrainerError
 from .verbs import add_verb
 
 if TYPE_CHECKING:
@@ -74,14 +74,35 @@ def encode(options: argparse.Namespace) -> None:
     from ..encoders import encode_dataset
     from ..folder_encoder import EncoderFiles, FolderEncoder
 
+    _check_encode(options)
     files = EncoderFiles.find(options.base, options.vae, options.text_encoder, options.tokenizer)
     family, variant = _model(options, default=False)
     encoder = FolderEncoder(family, variant, files, options.device)
     prompts = [*options.prompt, *([options.negative] if options.negative else [])]
-    done = encode_dataset(_scan(options), _geometry(options), encoder, options.out, prompts=prompts, progress=Progress())
+    clips = _scan(options)
+    done = encode_dataset(clips, _geometry(options), encoder, options.out, prompts=prompts, progress=Progress())
     for item in done.rejected:
         print(f"not used: {item.name}: {item.reason}")
+    if clips.rejected:
+        print(f"{len(clips.rejected)} files in {options.folder} are not used; `dataset` says why")
     print(f"{done}\n{options.out}")
+
+
+def _check_encode(options: argparse.Namespace) -> None:
+    """Raises JobError with what is wrong with the output folder and the device, before anything is read."""
+    from ..device import find_device
+
+    problems = []
+    if options.out.exists() and not options.out.is_dir():
+        problems.append(Problem(f"--out is {options.out}, a file", "encoded data are a folder", "Give a new or an earlier folder."))
+    if options.out.resolve() == options.folder.resolve():
+        problems.append(Problem("--out is the folder of the clips", "what is made must not lie between them", "Give another folder."))
+    try:
+        find_device(options.device)
+    except JobError as error:
+        problems += error.problems
+    if problems:
+        raise JobError(problems, subject="Nothing was encoded")
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ _POLL_SECONDS = 0.25
 _PLAIN_SECONDS = 10.0
 _PLAIN_SHARE = 0.05
 _BAR_WIDTH = 24
+_SHORTEST_BAR = 6
 _EXIT_CODES = {"done": 0, "stopped": 3}
 
 
@@ -72,7 +73,8 @@ class _Display:
         for text in news:
             self._print(text)
         if self._terminal:
-            self._redraw(_bar(status) + one_line(status))
+            line = one_line(status)
+            self._redraw(_bar(status, shutil.get_terminal_size().columns - 4 - len(line)) + line)
         elif self._due(status):
             self._print(one_line(status))
 
@@ -99,10 +101,14 @@ class _Display:
         self._out.flush()
 
 
-def _bar(status: RunStatus) -> str:
+def _bar(status: RunStatus, room: int) -> str:
+    """A bar of at most `room` characters; none where the words need all of the line."""
+    width = min(_BAR_WIDTH, room)
+    if width < _SHORTEST_BAR:
+        return ""
     share = min(status.step / status.total_steps, 1.0) if status.total_steps else 0.0
-    full = round(share * _BAR_WIDTH)
-    return f"[{'#' * full}{'-' * (_BAR_WIDTH - full)}] "
+    full = round(share * width)
+    return f"[{'#' * full}{'-' * (width - full)}] "
 
 
 def _news(event: Record) -> str:
@@ -113,7 +119,7 @@ def _news(event: Record) -> str:
     if name == "checkpoint":
         return f"checkpoint at step {event.get('step')}"
     if name == "sample":
-        return f"preview at step {event.get('step')}"
+        return str(event.get("message") or f"preview at step {event.get('step')}")
     if name == "resumed" and event.get("step") is not None:
         return f"going on from step {event['step']}"
     return "paused; `resume` goes on" if name == "paused" else ""

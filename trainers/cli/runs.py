@@ -56,7 +56,23 @@ def train(options: argparse.Namespace) -> int:
     if options.resume and run_of(job) is None:
         raise RunError(f"No run in {job.runs_folder} has this job; --resume goes on with one that exists. Leave --resume out to start it.")
     run, how = attach_or_create(job)
+    if how == "created" and run.name != job.name:
+        print(_why_another_name(run, job))
     return _start_and_follow(run, how, options.detach)
+
+
+def _why_another_name(run: Run, job: Job) -> str:
+    """That a run of this name exists with another job, what differs, and how to go on with it."""
+    folder = Path(job.runs_folder) / job.name
+    if not (folder / "job.json").is_file():
+        return f"{job.name} has LoRA files of an earlier run; this one is {run.name}."
+    earlier = Run.open(folder)
+    mine, theirs = job.model_dump(mode="json"), earlier.job.model_dump(mode="json")
+    changed = ", ".join(field for field in mine if mine[field] != theirs[field])
+    text = f"{job.name} exists with another job (different: {changed}); this is a new run, {run.name}, from the beginning."
+    if step := earlier.latest_checkpoint():
+        text += f'\nTo go on from there instead: [start] extends = "{job.name}@{step}"'
+    return text
 
 
 def _start_and_follow(run: Run, how: str, detach: bool) -> int:

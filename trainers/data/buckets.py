@@ -77,7 +77,7 @@ def plan_windows(dataset: Dataset, geometry: Geometry, spec: LatentSpec) -> Plan
         except DatasetError as error:
             rejected.append(Rejected(shown(clip.name), error.problems[0]))
     if not windows:
-        raise DatasetError([item.problem for item in rejected[:20]], subject="No clip gives a window")
+        raise DatasetError(list(dict.fromkeys(item.problem for item in rejected))[:20], subject="No clip gives a window")
     return Plan(tuple(windows), tuple(rejected))
 
 
