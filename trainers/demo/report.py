@@ -92,7 +92,11 @@ def verdict(result: Result) -> str:
     if (after.concept or 0) < 0.8 or (before.concept or 0) > 0.2:
         return "The LoRA did not learn the new motion"
     lost = max((getattr(before, key) or 0) - (getattr(after, key) or 0) for key in ("motion", "colour"))
-    return "The LoRA learnt a new motion, and forgot nothing" if lost <= 0.1 else "The LoRA learnt a new motion, but forgot old ones"
+    return (
+        "The LoRA learnt a new motion, and kept colours and old motions"
+        if lost <= 0.1
+        else "The LoRA learnt a new motion, but forgot old ones"
+    )
 
 
 def told(result: Result) -> str:
