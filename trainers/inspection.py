@@ -78,8 +78,9 @@ def inspect_file(path: Path | str) -> Report:
 def _lora(checkpoint: Checkpoint) -> Report:
     from .lora_metadata import describe
 
+    file = next(iter(checkpoint.tensors.values())).file  # of a folder with one LoRA, that one
     try:
-        return _report(checkpoint, "LoRA", notes=str(describe(checkpoint.path)).split("\n"))
+        return _report(checkpoint, "LoRA", notes=str(describe(file)).split("\n"))
     except LoraError as error:
         return _report(checkpoint, "LoRA", problems=[str(error)])
 
