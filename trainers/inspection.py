@@ -54,12 +54,16 @@ class Report:
     def __str__(self) -> str:
         rows = [("what", f"{self.kind}: {self.title}" if self.title else self.kind)]
         rows += [("family", self.family or ""), ("variant", " or ".join(self.variants)), ("told by", self.reason)]
-        rows += [("parameters", _in_billions(self.parameters)), ("size", f"{self.nbytes / 2**30:.2f} GiB in {self.tensors} tensors")]
+        rows += [("parameters", _in_billions(self.parameters)), ("size", f"{_size(self.nbytes)} in {self.tensors} tensors")]
         dtypes = [f"{name} {100 * count / self.parameters:.4g} %" for name, count in self.parameters_by_dtype.items()]
         rows += [("stored as", ", ".join(dtypes)), ("quantised", self.quantisation or "")]
         rows += [("config", ", ".join(f"{name} {value}" for name, value in self.config.items() if value is not None))]
         rows += [*(("note", note) for note in self.notes), *(("problem", problem) for problem in self.problems)]
         return "\n".join([self.path.name, *(_row(name, value) for name, value in rows if value)])
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def inspect_file(path: Path | str) -> Report:

@@ -99,6 +99,7 @@ def test_a_lora(tmp_path: Path) -> None:
     report = inspect_file(tmp_path / "lora.safetensors")
     assert report.kind == "LoRA"
     assert "LoRA for Wan, native form" in str(report)
+    assert "MiB in" in str(report)
     assert "LoRA for Wan, native form" in str(inspect_file(tmp_path)), "the folder of one LoRA too"
     assert "rank 4" in str(report)
 
