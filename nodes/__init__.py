@@ -9,5 +9,7 @@ class VideoTrainerExtension(ComfyExtension):
     """What ComfyUI registers."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Every node class."""
-        return []
+        """Every node class, in the order of a user's graph."""
+        from . import models
+
+        return [*models.NODES]

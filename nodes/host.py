@@ -1,0 +1,126 @@
+"""Every call into ComfyUI's internals: its folders, memory, queue and server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from server import PromptServer
+
+from ..trainers.data.scan import Progress
+
+NONE = "none"
+"""The choice of no file."""
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+# Folders. Nothing is ever written into the pack's own.
+
+
+def state_folder() -> Path:
+    """Where runs and encoded data live; not served over HTTP."""
+    return Path(folder_paths.get_system_user_directory("video_trainer"))
+
+
+def runs_folder() -> Path:
+    return state_folder() / "runs"
+
+
+def encoded_folder() -> Path:
+    """One folder for every data set: each version of each has its own identity, and they share what is encoded."""
+    return state_folder() / "encoded"
+
+
+def loras_folder() -> Path:
+    """Below the output folder: ComfyUI lists LoRAs there without a restart."""
+    return Path(folder_paths.get_output_directory()) / "loras"
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
+# Model files
+
+
+def model_choices(kind: str) -> list[str]:
+    """Names that a user can choose from: files of ComfyUI's list `kind`, the shards of one model as their folder.
+
+    For transformers ("diffusion_models"), VAEs and text encoders also the whole models below `models/diffusers`.
+    """
+    names = dict.fromkeys(_without_shards(name) for name in folder_paths.get_filename_list(kind))
+    return [*names, *(name for name, _ in _diffusers_models() if name not in names)]
+
+
+def model_path(kind: str, name: str) -> Path:
+    """Where a choice of `model_choices` is. Raises ValueError when it is there no longer."""
+    found = folder_paths.get_full_path(kind, name) or dict(_diffusers_models()).get(name)
+    for folder in folder_paths.get_folder_paths(kind):
+        if found is None and (Path(folder) / name).is_dir():
+            found = Path(folder) / name
+    if found is None:
+        raise ValueError(f"{name} is no longer among ComfyUI's {kind}. Press R to refresh the lists and choose again.")
+    return Path(found).absolute()
+
+
+def _without_shards(name: str) -> str:
+    """A file's name; for one shard of several, the name of their folder."""
+    path = Path(name)
+    return str(path.parent) if _SHARD.search(path.stem) and path.parent != Path() else name
+
+
+def _diffusers_models() -> Iterator[tuple[str, Path]]:
+    """(name, folder) of every model in diffusers' layout below `models/diffusers`."""
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for index in sorted(Path(root).glob("*/model_index.json")):
+            yield index.parent.name, index.parent
+
+
+# Memory and progress
+
+
+def free_memory(also_ram: bool) -> None:
+    """Give the card to the training: models leave it now; with `also_ram`, ComfyUI forgets them once this prompt ends."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    if also_ram:
+        PromptServer.instance.prompt_queue.set_flag("free_memory", True)
+
+
+def cancelled() -> bool:
+    """Whether the user asked to cancel the prompt. The question alone changes nothing."""
+    return bool(comfy.model_management.processing_interrupted())
+
+
+def stop_if_cancelled() -> None:
+    """Ends the node, as ComfyUI's own do, when the user has cancelled the prompt."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def progress() -> Progress:
+    """A progress bar on the node that runs now."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def show(done: int, total: int, what: str) -> None:
+        bar.update_absolute(done, total)
+
+    return show
+
+
+# Server
+
+
+def send(event: str, data: dict[str, Any]) -> None:
+    """Tell every open page; from any thread."""
+    PromptServer.instance.send_sync(event, data)
+
+
+def tell_node(node_id: str, text: str) -> None:
+    """Show a text in a node of the page that runs it; from any thread."""
+    PromptServer.instance.send_progress_text(text, node_id)

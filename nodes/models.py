@@ -1,0 +1,126 @@
+"""The model of a training: its files by their headers, and ComfyUI's own objects made of them when a graph needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io, ui
+
+from ..trainers.checkpoint import Checkpoint
+from ..trainers.errors import CheckpointError, Problem
+from ..trainers.family import Detection, detect, families
+from . import host
+from .records import BASE, Base
+from .schema import schema
+
+FROM_THE_FILE = "read from the file"
+TINY_WAN = "tiny Wan (built in)"
+"""The choice of the model that comes with the pack, to try things out."""
+
+
+class BaseModel(io.ComfyNode):
+    """Names the files of a model and says what they are; loads nothing."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        variants = [variant.id for family in families().values() for variant in family.variants]
+        transformers = [*host.model_choices("diffusion_models"), TINY_WAN]
+        vaes = [host.NONE, *host.model_choices("vae"), TINY_WAN]
+        text_encoders = [host.NONE, *host.model_choices("text_encoders"), TINY_WAN]
+        return schema(
+            "BaseModel",
+            "Base Model",
+            "The model that the LoRA is for: its files, as they lie in ComfyUI's folders. Only their headers are read; "
+            "training never loads the transformer inside ComfyUI.",
+            inputs=[
+                io.Combo.Input("transformer", transformers, tooltip="The diffusion model to train a LoRA for. Any precision, fp8 too."),
+                io.Combo.Input(
+                    "variant",
+                    [FROM_THE_FILE, *variants],
+                    default=FROM_THE_FILE,
+                    tooltip="Which published model it is. Choose one only when the report says that the file cannot tell.",
+                ),
+                io.Combo.Input("vae", vaes, tooltip="The model's VAE. The training decodes its preview videos with it."),
+                io.Combo.Input("text_encoder", text_encoders, tooltip="The model's text encoder, for the Load Encoders node."),
+                io.Combo.Input(
+                    "text_encoder_2", text_encoders, optional=True, tooltip="The second text encoder, for models that have two (Hunyuan)."
+                ),
+                io.Combo.Input(
+                    "transformer_low_noise",
+                    [host.NONE, *transformers],
+                    optional=True,
+                    tooltip="The low-noise expert of Wan 2.2 A14B, when `transformer` is its high-noise expert.",
+                ),
+                io.Combo.Input(
+                    "clip_vision",
+                    [host.NONE, *host.model_choices("clip_vision")],
+                    optional=True,
+                    tooltip="The image encoder, for models that look at a first frame with one (Wan 2.1 image to video).",
+                ),
+            ],
+            outputs=[
+                BASE.Output("base", tooltip="The model, for the other Video Trainer nodes."),
+                io.String.Output("report", tooltip="What the files are."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        transformer: str,
+        variant: str,
+        vae: str,
+        text_encoder: str,
+        text_encoder_2: str = host.NONE,
+        transformer_low_noise: str = host.NONE,
+        clip_vision: str = host.NONE,
+    ) -> io.NodeOutput:
+        path = _path("diffusion_models", transformer)
+        assert path is not None
+        detection = detect(Checkpoint.open(path), None if variant == FROM_THE_FILE else variant)
+        encoders = (_path("text_encoders", text_encoder), _path("text_encoders", text_encoder_2))
+        base = Base(
+            family=detection.family.id,
+            variant=detection.variant.id,
+            transformer=str(path),
+            transformer_low_noise=_text(_path("diffusion_models", transformer_low_noise)),
+            vae=_text(_checked_vae(_path("vae", vae), detection)),
+            text_encoders=tuple(str(encoder) for encoder in encoders if encoder),
+            clip_vision=_text(_path("clip_vision", clip_vision)),
+        )
+        report = _report(base, detection)
+        return io.NodeOutput(base, report, ui=ui.PreviewText(report))
+
+
+def _path(kind: str, name: str) -> Path | None:
+    if name == host.NONE:
+        return None
+    return _tiny_wan(kind) if name == TINY_WAN else host.model_path(kind, name)
+
+
+def _tiny_wan(kind: str) -> Path:
+    from ..trainers.demo import demo
+
+    return {"diffusion_models": demo.TRANSFORMER, "vae": demo.VAE, "text_encoders": demo.BASE}[kind]
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _checked_vae(path: Path | None, detection: Detection) -> Path | None:
+    """The path of a VAE of the model's own family. Raises CheckpointError for another file."""
+    if path and detection.family.detect_vae(Checkpoint.open(path, "vae")) is None:
+        raise CheckpointError(Problem(f"vae is {path.name}", f"{detection.family.title} needs its own VAE", "Choose that file."))
+    return path
+
+
+def _report(base: Base, detection: Detection) -> str:
+    lines = [f"{detection.variant.title} ({base.variant})", *([f"told by {detection.reason}"] if detection.reason else [])]
+    lines += detection.notes
+    missing = [name for name, given in (("VAE", base.vae), ("text encoder", base.text_encoders)) if not given]
+    lines += [f"no {name} chosen" for name in missing]
+    return "\n".join(lines)
+
+
+NODES = [BaseModel]
