@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from server import PromptServer
 
 from ..trainers.data.scan import Progress
@@ -67,6 +68,24 @@ def model_path(kind: str, name: str) -> Path:
     if found is None:
         raise ValueError(f"{name} is no longer among ComfyUI's {kind}. Press R to refresh the lists and choose again.")
     return Path(found).absolute()
+
+
+def lora_names() -> list[str]:
+    """Every LoRA file, as the LoRA loaders list them."""
+    return list(folder_paths.get_filename_list("loras"))
+
+
+def lora_path(name: str) -> Path:
+    """Where a LoRA is: a full path, or a name as the LoRA loaders list it. Raises ValueError when there is none."""
+    found = name if Path(name).is_file() else folder_paths.get_full_path("loras", name)
+    if found is None:
+        raise ValueError(f"There is no LoRA {name!r}; it must be a file that the LoRA loaders list, or a full path. Check its name.")
+    return Path(found).absolute()
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file."""
+    return dict(comfy.utils.load_torch_file(str(path), safe_load=True))
 
 
 def _without_shards(name: str) -> str:

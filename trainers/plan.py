@@ -74,13 +74,13 @@ class Plan:
 
 
 def hand_over(job: Job) -> Job:
-    """The job as a run keeps it: checked, paths absolute, and tied to the encoded data as it is now.
+    """The job as a run keeps it: checked, paths absolute, and tied to the encoded data: the version it names, or as it is now.
 
     Raises JobError with every problem.
     """
     job = job.with_absolute_paths(Path.cwd())
     try:
-        encoded = Encoded.open(Path(job.encoded))
+        encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
         encoded.keep_version()
         job = job.model_copy(update={"encoded_identity": encoded.identity})
     except DatasetError:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ class Encoded:
     def identity(self) -> str:
         """Hash of what is in it, wherever it lies."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+    def with_prompts(self, texts: Mapping[str, str]) -> Encoded:
+        """The same clips with more prompts (prompt -> text key), as another version: `keep_version` lets it be opened."""
+        return replace(self, prompts={**self.prompts, **texts})
 
     def save(self) -> None:
         """Write `encoded.json`; an older one is replaced, and stays to be opened by its identity."""

@@ -1,0 +1,122 @@
+"""A trained LoRA in a native model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainers.errors import LoraError, Problem
+from ..trainers.run import Run
+from . import host, native_lora
+from .records import RUN, RunFolder
+from .schema import schema
+from .train import newest_lora
+
+NEWEST = ": newest"
+"""What follows a run's name for the last LoRA file it has written so far."""
+
+
+class ApplyLoRA(io.ComfyNode):
+    """Patches a LoRA into a model as ComfyUI's own loader does, and says whether it fits."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        strength: dict[str, Any] = {"default": 1.0, "min": -20.0, "max": 20.0, "step": 0.05}
+        return schema(
+            "ApplyLoRA",
+            "Apply LoRA",
+            "Applies a LoRA to a model and says how many of its layers matched. A LoRA of another model is refused. "
+            "`<run>: newest` is the last file of a run, also while it trains.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model; of Wan 2.2 A14B the high-noise one."),
+                io.Combo.Input(
+                    "lora",
+                    _choices(),
+                    tooltip="A LoRA file, or the newest one of a run. Not looked at when `run` is connected.",
+                ),
+                io.Float.Input("strength", tooltip="How much of the LoRA is added. 1 is as it was trained.", **strength),
+                io.Model.Input("model_low_noise", optional=True, tooltip="The low-noise model of Wan 2.2 A14B: gets the LoRA too."),
+                io.Float.Input("strength_low_noise", optional=True, tooltip="The strength for the low-noise model.", **strength),
+                RUN.Input("run", optional=True, tooltip="Use the newest LoRA of this run."),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The model with the LoRA."),
+                io.Model.Output("model_low_noise", tooltip="The low-noise model with the LoRA, if one was given."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **others: Any) -> str:
+        if lora == host.NONE:
+            return ""
+        path = _path(lora)
+        return f"{path} {path.stat().st_mtime_ns}"
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        lora: str,
+        strength: float,
+        model_low_noise: Any = None,
+        strength_low_noise: float = 1.0,
+        run: RunFolder | None = None,
+    ) -> io.NodeOutput:
+        if run is None and lora == host.NONE:
+            return io.NodeOutput(model, model_low_noise, ui={"text": ["no LoRA chosen: the model is unchanged"]})
+        path = _path(lora) if run is None else newest_lora(Run.open(Path(run.folder)))
+        tensors = host.read_tensors(path)
+        told = [path.name]
+        patched = []
+        for given, amount in ((model, strength), (model_low_noise, strength_low_noise)):
+            if given is None:
+                patched.append(None)
+                continue
+            fit = native_lora.fit(given, tensors)
+            _check(fit, path)
+            patched.append(native_lora.patched(given, fit, amount))
+            told.append(f"{fit.matched} of {fit.total} layers matched, strength {amount:g}")
+            told += [f"not used: {name}" for name in fit.unmatched[:5]]
+        return io.NodeOutput(*patched, ui={"text": ["\n".join(told)]})
+
+
+def _choices() -> list[str]:
+    runs = host.runs_folder()
+    names = sorted(folder.name for folder in runs.iterdir() if (folder / "job.json").is_file()) if runs.is_dir() else []
+    return [host.NONE, *(name + NEWEST for name in names), *host.lora_names()]
+
+
+def _path(lora: str) -> Path:
+    """The file of a choice. Raises RunError or ValueError when it is not there."""
+    if lora.endswith(NEWEST):
+        return newest_lora(Run.open(host.runs_folder() / lora.removesuffix(NEWEST)))
+    return host.lora_path(lora)
+
+
+def _check(fit: native_lora.Fit, path: Path) -> None:
+    """Raises LoraError when the LoRA is not for this model."""
+    if fit.matched and not fit.misfits:
+        return
+    if fit.misfits:
+        name, layer, lora = fit.misfits[0]
+        value = f"{path.name} is for a model of another size: {name} is {layer} in the model, {lora} in the LoRA"
+    else:
+        value = f"none of the {fit.total} layers of {path.name} is in this model ({fit.model})"
+    said = _said_by(path)
+    raise LoraError(str(Problem(value, "a LoRA fits the model that it was trained on", f"Load that model{said}.")))
+
+
+def _said_by(path: Path) -> str:
+    """What the file says it was trained on, as an end of a sentence."""
+    from ..trainers.lora_metadata import describe
+
+    try:
+        found = describe(path)
+    except LoraError:
+        return ""
+    return f": {found.variant or found.family}"
+
+
+NODES = [ApplyLoRA]
