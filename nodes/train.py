@@ -99,6 +99,7 @@ class WaitForRun(io.ComfyNode):
                 io.LossMap.Output("loss", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),
                 io.String.Output("file_name", tooltip="Name of the LoRA as the LoRA loaders list it."),
                 io.Image.Output("plot", tooltip="The loss curve."),
+                RUN.Output("run", tooltip="The same run, for Apply LoRA once it has ended."),
             ],
             is_output_node=True,
             not_idempotent=True,
@@ -119,6 +120,7 @@ class WaitForRun(io.ComfyNode):
             losses,
             lora.relative_to(opened.job.loras_folder).as_posix(),
             _plot(metrics, opened.name),
+            run,
             ui={"text": [told], "video_trainer_run": [opened.name]},
         )
 
