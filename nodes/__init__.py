@@ -10,6 +10,6 @@ class VideoTrainerExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node class, in the order of a user's graph."""
-        from . import models
+        from . import dataset, models
 
-        return [*models.NODES]
+        return [*models.NODES, *dataset.NODES]
