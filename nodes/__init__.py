@@ -10,6 +10,11 @@ class VideoTrainerExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node class, in the order of a user's graph."""
-        from . import lora, models, train
+        from . import dataset, lora, models, train
 
-        return [*models.NODES, *train.NODES, *lora.NODES]
+        return [
+            *models.NODES,
+            *dataset.NODES,
+            *train.NODES,
+            *lora.NODES,
+        ]

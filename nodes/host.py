@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,28 @@ def loras_folder() -> Path:
 
 def input_folder() -> Path:
     return Path(folder_paths.get_input_directory())
+
+
+def clip_folders() -> dict[str, Path]:
+    """Folders that may hold clips, by the names that a user chooses from.
+
+    They lie below the input folder, two levels deep, and below the `datasets` folders of newer ComfyUIs.
+    """
+    found = {folder.relative_to(input_folder()).as_posix(): folder for folder in _folders_below(input_folder(), 2)}
+    for root in folder_paths.folder_names_and_paths.get("datasets", ([], None))[0]:
+        for folder in _folders_below(Path(root), 2):
+            found.setdefault(f"{folder.relative_to(root).as_posix()} (datasets)", folder)
+    return found
+
+
+def _folders_below(root: Path, levels: int) -> Iterator[Path]:
+    """In the order of the names; hidden ones and those that cannot be read are passed over."""
+    with suppress(OSError):
+        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield Path(entry.path)
+                if levels > 1:
+                    yield from _folders_below(Path(entry.path), levels - 1)
 
 
 # Model files

@@ -1,15 +1,50 @@
-"""What a data set is, as text: the output of the `dataset` verb."""
+"""What a data set is, as text: the output of the `dataset` verb and of the nodes."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from .buckets import Plan, Window
 from .captions import shown
 from .scan import Clip, Dataset, Rejected
 
 _SHOWN_FILES = 50
+_SHOWN_KINDS = 6
+
+
+def summary(dataset: Dataset) -> str:
+    """What a data set holds, in a few lines, and every file that is not used with its reason. Needs no geometry."""
+    clips = dataset.clips
+    trained = [clip for clip in clips if not clip.held_out]
+    lines = [
+        _counts(clips),
+        f"{sum(clip.repeats for clip in trained)} clips per epoch, {len(clips) - len(trained)} held out",
+        "sizes: " + _most_common(f"{clip.info.width}x{clip.info.height}" for clip in clips),
+        *_rates(clips),
+        *_captions(clips),
+    ]
+    if dataset.rejected:
+        lines += ["", *_rejected(dataset.rejected)]
+    return "\n".join(lines)
+
+
+def _counts(clips: Sequence[Clip]) -> str:
+    videos = [clip for clip in clips if clip.kind == "video"]
+    seconds = sum(clip.info.duration_seconds for clip in videos)
+    return f"{len(videos)} videos ({seconds:.1f} seconds), {len(clips) - len(videos)} images"
+
+
+def _rates(clips: Sequence[Clip]) -> list[str]:
+    rates = [f"{clip.info.fps:.3g}" for clip in clips if clip.kind == "video"]
+    return [f"frames a second: {_most_common(rates)}"] if rates else []
+
+
+def _most_common(values: Iterable[str]) -> str:
+    """`1280x720 (12), 640x480 (4)`, the most frequent first."""
+    counts = Counter(values)
+    listed = [f"{value} ({count})" for value, count in counts.most_common(_SHOWN_KINDS)]
+    return ", ".join(listed) + (f" and {len(counts) - _SHOWN_KINDS} more" if len(counts) > _SHOWN_KINDS else "")
 
 
 def report(dataset: Dataset, plan: Plan) -> str:
@@ -25,10 +60,8 @@ def _summary(dataset: Dataset, plan: Plan) -> list[str]:
     windows = plan.windows
     held_out = sum(window.clip.held_out for window in windows)
     per_epoch = sum(window.clip.repeats for window in windows if not window.clip.held_out)
-    videos = [clip for clip in dataset.clips if clip.kind == "video"]
-    seconds = sum(clip.info.duration_seconds for clip in videos)
     return [
-        f"{len(videos)} videos ({seconds:.1f} seconds), {len(dataset.clips) - len(videos)} images",
+        _counts(dataset.clips),
         f"{len(windows)} windows, {held_out} of them held out; {per_epoch} samples per epoch",
     ]
 
@@ -70,7 +103,8 @@ def _captions(clips: Sequence[Clip]) -> list[str]:
 
 
 def _rejected(rejected: Sequence[Rejected]) -> list[str]:
-    return [f"{len(rejected)} files are not used:", *(f"  {item.name}: {item.reason}" for item in rejected)]
+    head = "1 file is not used:" if len(rejected) == 1 else f"{len(rejected)} files are not used:"
+    return [head, *(f"  {item.name}: {item.reason}" for item in rejected)]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -106,6 +106,20 @@ def scan_folder(folder: Path | str, repeats: int = 1, held_out: float = 0.0, see
     return Dataset(tuple(_hold_out(clips, held_out, seed)), tuple([*rejected, *_captions_without_clip(root, found)]))
 
 
+def fingerprint(folder: Path | str) -> str:
+    """Changes whenever a file below the folder is added, removed, renamed or written, captions too. Reads no file."""
+    root = Path(folder).expanduser().absolute()
+    digest = hashlib.sha256()
+    for path in _files(root, []):
+        try:
+            state = path.stat()
+            entry = (path.relative_to(root).as_posix(), state.st_size, state.st_mtime_ns)
+        except OSError:
+            entry = (path.relative_to(root).as_posix(), -1, -1)
+        digest.update(repr(entry).encode())
+    return digest.hexdigest()
+
+
 def _check_arguments(root: Path, repeats: int, held_out: float) -> None:
     problems = []
     if not root.is_dir():

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from trainers.data.buckets import Geometry, plan_windows
-from trainers.data.report import report
+from trainers.data.report import report, summary
 from trainers.data.scan import Clip, Dataset, Rejected
 from trainers.data.video import VideoInfo
 from trainers.errors import Problem
@@ -39,3 +39,26 @@ def test_a_long_list_of_clips_is_cut_and_says_so():
     assert "... and 10 more" in text
     assert "49.mp4" in text
     assert "50.mp4" not in text
+
+
+def test_the_summary_counts_what_is_there_without_any_geometry():
+    large, small = VideoInfo("video", 48, 24.0, 1280, 720, 2.0), VideoInfo("video", 16, 15.987, 64, 64, 1.0)
+    sizes = [VideoInfo("image", 1, 0.0, side, side, 0.0) for side in range(100, 106)]
+    clips = (
+        Clip("/a.mp4", "a.mp4", "one two", large, repeats=3),
+        Clip("/b.mp4", "b.mp4", "one", large, repeats=5, held_out=True),
+        Clip("/c.mp4", "c.mp4", "one", small),
+        *(Clip(f"/{index}.png", f"{index}.png", "one", info) for index, info in enumerate(sizes)),
+    )
+    rejected = (Rejected("bad.mp4", Problem("it is bad", "it must be good", "Mend it.")),)
+    assert summary(Dataset(clips, rejected)).splitlines() == [
+        "3 videos (5.0 seconds), 6 images",
+        "10 clips per epoch, 1 held out",
+        "sizes: 1280x720 (2), 64x64 (1), 100x100 (1), 101x101 (1), 102x102 (1), 103x103 (1) and 2 more",
+        "frames a second: 24 (2), 16 (1)",
+        "captions: 2 different, 1 to 2 words, half of them at least 1",
+        "",
+        "1 file is not used:",
+        "  bad.mp4: it is bad; it must be good. Mend it.",
+    ]
+    assert "frames a second" not in summary(Dataset(clips[3:]))

@@ -13,7 +13,7 @@ from clip_files import cut, write_caption, write_image, write_sound, write_video
 
 from trainers.data import scan
 from trainers.data import video as video_module
-from trainers.data.scan import Dataset, scan_folder
+from trainers.data.scan import Dataset, fingerprint, scan_folder
 from trainers.data.video import VideoInfo
 from trainers.errors import DatasetError, MissingPackage
 
@@ -234,3 +234,25 @@ def test_all_wrong_arguments_are_named_at_once(tmp_path: Path):
     with pytest.raises(DatasetError) as caught:
         scan_folder(tmp_path / "none", repeats=0, held_out=1.0)
     assert len(caught.value.problems) == 3
+
+
+def test_the_fingerprint_sees_every_change_of_a_clip_or_caption_and_nothing_else(tmp_path: Path, video: Path):
+    clip = put(video, tmp_path / "sub/a.mp4", "a cat")
+    seen = [fingerprint(tmp_path)]
+    assert fingerprint(tmp_path) == seen[0]
+    put(video, tmp_path / ".hidden.mp4")
+    scan_folder(tmp_path)
+    assert fingerprint(tmp_path) == seen[0]
+    changes: list[Callable[[], object]] = [
+        lambda: put(video, tmp_path / "b.mp4", None),
+        lambda: write_caption(tmp_path / "b.mp4", "a dog"),
+        lambda: write_caption(clip, "a cat and more"),
+        lambda: os.utime(clip, ns=(0, 1)),
+        lambda: (tmp_path / "b.mp4").rename(tmp_path / "c.mp4"),
+        lambda: (tmp_path / "broken.mp4").symlink_to(tmp_path / "nowhere"),
+        lambda: clip.unlink(),
+    ]
+    for change in changes:
+        change()
+        assert fingerprint(tmp_path) not in seen
+        seen.append(fingerprint(tmp_path))
