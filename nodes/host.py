@@ -13,6 +13,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from aiohttp.web import RouteTableDef
 from server import PromptServer
 
 from ..trainers.data.scan import Progress
@@ -136,6 +137,11 @@ def free_memory(also_ram: bool) -> None:
         PromptServer.instance.prompt_queue.set_flag("free_memory", True)
 
 
+def free_memory_when_idle() -> None:
+    """Models leave the card as soon as no prompt runs; from any thread."""
+    PromptServer.instance.prompt_queue.set_flag("unload_models", True)
+
+
 def cancelled() -> bool:
     """Whether the user asked to cancel the prompt. The question alone changes nothing."""
     return bool(comfy.model_management.processing_interrupted())
@@ -157,6 +163,12 @@ def progress() -> Progress:
 
 
 # Server
+
+
+def routes() -> RouteTableDef | None:
+    """Where routes are added while nodes are loaded; None where nodes are used without a server."""
+    server = getattr(PromptServer, "instance", None)
+    return None if server is None else server.routes
 
 
 def send(event: str, data: dict[str, Any]) -> None:
