@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import steering
 from ..errors import RunError
 from ..launch import last_log_lines, launch
 from ..run import Run, attach_or_create, find_run, list_runs, run_of
@@ -138,36 +139,18 @@ def _event_line(event: dict[str, object]) -> str:
 
 def pause(options: argparse.Namespace) -> None:
     """Ask a live run to pause."""
-    run = _live_run(options, "paused")
-    run.request("pause")
-    print(f"{run.name} pauses after its current step; `resume` goes on.")
+    print(steering.pause(find_run(options.runs, options.run)))
 
 
 def stop(options: argparse.Namespace) -> None:
     """Ask a live run to stop."""
-    run = _live_run(options, "stopped")
-    run.request("stop")
-    print(f"{run.name} stops after its current step; `resume` goes on from there.")
+    print(steering.stop(find_run(options.runs, options.run)))
 
 
 def resume(options: argparse.Namespace) -> None:
     """Take back a pause, or start a run again that ended before its last step."""
     run = find_run(options.runs, options.run)
-    if run.live:
-        if run.requested() == "stop":
-            raise RunError(f"{run.name} is stopping; it can go on when it has stopped. Try again in a moment.")
-        run.clear("pause")
-        print(f"{run.name} goes on.")
-        return
-    if run.status().state == "done":
-        raise RunError(f"{run.name} is done; only a run with steps left can go on. To add steps, train a job that extends it.")
-    run.clear("stop")
-    run.clear("pause")
-    print(f"{run.name} goes on, worker {launch(run)}.\n{_how_to_steer(run)}")
-
-
-def _live_run(options: argparse.Namespace, what: str) -> Run:
-    run = find_run(options.runs, options.run)
-    if not run.live:
-        raise RunError(f"{run.name} is {run.status().state}; only a run with a worker can be {what}. There is nothing to do.")
-    return run
+    was_live = run.live
+    print(steering.resume(run))
+    if not was_live:
+        print(_how_to_steer(run))
