@@ -9,9 +9,10 @@ class VideoTrainerExtension(ComfyExtension):
     """What ComfyUI registers."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Every node class, in the order of a user's graph."""
-        from . import dataset, lora, models, train
+        """Every node class, in the order of a user's graph. The panel's routes are added here too: there is no other moment."""
+        from . import dataset, lora, models, routes, train
 
+        routes.register()
         return [
             *models.NODES,
             *dataset.NODES,
