@@ -11,10 +11,14 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import comfyui_version
 import folder_paths
 import torch
 from aiohttp.web import RouteTableDef
+from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
+
+import nodes as core_nodes
 
 from ..trainers.data.scan import Progress
 
@@ -95,6 +99,12 @@ def model_path(kind: str, name: str) -> Path:
     return Path(found).absolute()
 
 
+def file_path(kind: str, name: str) -> Path | None:
+    """Where a file of ComfyUI's list `kind` is, as the core loaders find it; None when there is none."""
+    found = folder_paths.get_full_path(kind, name)
+    return None if found is None else Path(found).absolute()
+
+
 def lora_names() -> list[str]:
     """Every LoRA file, as the LoRA loaders list them."""
     return list(folder_paths.get_filename_list("loras"))
@@ -126,6 +136,27 @@ def _diffusers_models() -> Iterator[tuple[str, Path]]:
             yield index.parent.name, index.parent
 
 
+# Nodes
+
+
+def is_core_node(class_type: str) -> bool:
+    """Whether the node of this name is ComfyUI's own, not one of a pack that took its place."""
+    return getattr(core_nodes.NODE_CLASS_MAPPINGS.get(class_type), "__module__", "") == core_nodes.__name__
+
+
+def blocked(why: str) -> Any:
+    """What an output gives that has nothing: a node that is wired to it does not run, and says why."""
+    return ExecutionBlocker(why)
+
+
+def loading() -> tuple[str, ...]:
+    """What decides, besides the file, how ComfyUI's loaders make a VAE or CLIP of it."""
+    manage = comfy.model_management
+    text_device, vae_device = manage.text_encoder_device(), manage.vae_device()
+    dtypes = (manage.text_encoder_dtype(text_device), manage.vae_dtype(vae_device, [torch.bfloat16, torch.float32]))
+    return (comfyui_version.__version__, text_device.type, vae_device.type, *map(str, dtypes))
+
+
 # Memory and progress
 
 
@@ -145,6 +176,10 @@ def free_memory_when_idle() -> None:
 def cancelled() -> bool:
     """Whether the user asked to cancel the prompt. The question alone changes nothing."""
     return bool(comfy.model_management.processing_interrupted())
+
+
+Interrupted = comfy.model_management.InterruptProcessingException
+"""What ends a node that the user has cancelled."""
 
 
 def stop_if_cancelled() -> None:
