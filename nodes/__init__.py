@@ -10,12 +10,13 @@ class VideoTrainerExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node class, in the order of a user's graph. The panel's routes are added here too: there is no other moment."""
-        from . import dataset, lora, models, routes, train
+        from . import dataset, encode, lora, models, routes, train
 
         routes.register()
         return [
             *models.NODES,
             *dataset.NODES,
+            *encode.NODES,
             *train.NODES,
             *lora.NODES,
         ]

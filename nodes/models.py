@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..trainers.checkpoint import Checkpoint
 from ..trainers.errors import CheckpointError, Problem
 from ..trainers.family import Detection, detect, families
-from . import host
+from . import host, native
 from .records import BASE, Base
-from .schema import schema
+from .schema import ADVANCED, schema
 
 FROM_THE_FILE = "read from the file"
 TINY_WAN = "tiny Wan (built in)"
@@ -75,27 +76,107 @@ class BaseModel(io.ComfyNode):
         transformer_low_noise: str = host.NONE,
         clip_vision: str = host.NONE,
     ) -> io.NodeOutput:
-        path = _path("diffusion_models", transformer)
+        path = chosen_path("transformer", transformer)
         assert path is not None
         detection = detect(Checkpoint.open(path), None if variant == FROM_THE_FILE else variant)
-        encoders = (_path("text_encoders", text_encoder), _path("text_encoders", text_encoder_2))
+        encoders = (chosen_path("text_encoder", text_encoder), chosen_path("text_encoder_2", text_encoder_2))
         base = Base(
             family=detection.family.id,
             variant=detection.variant.id,
             transformer=str(path),
-            transformer_low_noise=_text(_path("diffusion_models", transformer_low_noise)),
-            vae=_text(_checked_vae(_path("vae", vae), detection)),
+            transformer_low_noise=_text(chosen_path("transformer_low_noise", transformer_low_noise)),
+            vae=_text(_checked_vae(chosen_path("vae", vae), detection)),
             text_encoders=tuple(str(encoder) for encoder in encoders if encoder),
-            clip_vision=_text(_path("clip_vision", clip_vision)),
+            clip_vision=_text(chosen_path("clip_vision", clip_vision)),
         )
         report = _report(base, detection)
         return io.NodeOutput(base, report, ui=ui.PreviewText(report))
 
 
-def _path(kind: str, name: str) -> Path | None:
+class LoadTransformer(io.ComfyNode):
+    """ComfyUI's MODEL of the base."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadTransformer",
+            "Load Transformer",
+            "Loads the model itself, to sample with it. Also takes what ComfyUI's own loader does not: folders in diffusers' "
+            "layout, and models in several files. Training does not need this node.",
+            inputs=[
+                BASE.Input("base", tooltip="The model, from Base Model."),
+                io.Combo.Input(
+                    "weight_dtype",
+                    list(native.WEIGHT_DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="Precision of the weights in memory; default: as the file has them.",
+                    extra_dict=ADVANCED,
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The model, for ComfyUI's samplers."),
+                io.Model.Output("model_low_noise", tooltip="The low-noise expert, of models that have two (Wan 2.2 A14B)."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, base: Base, weight_dtype: str = "default") -> io.NodeOutput:
+        family, options = families()[base.family], native.WEIGHT_DTYPES[weight_dtype]
+        paths = (base.transformer, base.transformer_low_noise)
+        low = host.blocked("This base model has no low-noise expert. Choose one in Base Model, or leave model_low_noise unconnected.")
+        return io.NodeOutput(*(native.load_transformer(Path(path), family, options) if path else low for path in paths))
+
+
+class LoadEncoders(io.ComfyNode):
+    """ComfyUI's CLIP, VAE and CLIP_VISION of the base."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadEncoders",
+            "Load Encoders",
+            "Loads the text encoder, the VAE and the image encoder that Base Model names. Also takes folders in diffusers' and "
+            "transformers' layout. ComfyUI's own loaders do as well, where they know the files.",
+            inputs=[BASE.Input("base", tooltip="The model, from Base Model.")],
+            outputs=[
+                io.Clip.Output("clip", tooltip="The text encoder."),
+                io.Vae.Output("vae", tooltip="The VAE."),
+                io.ClipVision.Output("clip_vision", tooltip="The image encoder, for models that have one."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, base: Base) -> io.NodeOutput:
+        family = families()[base.family]
+        texts = [Path(path) for path in base.text_encoders]
+        return io.NodeOutput(
+            native.load_text_encoders(texts, family) if texts else _not_chosen("text encoder"),
+            native.load_vae(Path(base.vae), family) if base.vae else _not_chosen("VAE"),
+            native.load_clip_vision(Path(base.clip_vision)) if base.clip_vision else _not_chosen("image encoder (clip_vision)"),
+        )
+
+
+def _not_chosen(what: str) -> Any:
+    return host.blocked(f"No {what} is chosen in Base Model. Choose one there, or wire another loader to this input.")
+
+
+_LISTS = {
+    "transformer": "diffusion_models",
+    "transformer_low_noise": "diffusion_models",
+    "vae": "vae",
+    "text_encoder": "text_encoders",
+    "text_encoder_2": "text_encoders",
+    "clip_vision": "clip_vision",
+}
+"""ComfyUI's list of files behind each input of Base Model."""
+
+
+def chosen_path(input_id: str, name: str) -> Path | None:
+    """What an input of Base Model names; None for no file. Raises ValueError when it is there no longer."""
     if name == host.NONE:
         return None
-    return _tiny_wan(kind) if name == TINY_WAN else host.model_path(kind, name)
+    return _tiny_wan(_LISTS[input_id]) if name == TINY_WAN else host.model_path(_LISTS[input_id], name)
 
 
 def _tiny_wan(kind: str) -> Path:
@@ -123,4 +204,4 @@ def _report(base: Base, detection: Detection) -> str:
     return "\n".join(lines)
 
 
-NODES = [BaseModel]
+NODES = [BaseModel, LoadTransformer, LoadEncoders]

@@ -86,6 +86,11 @@ class Checkpoint:
         scale = self._load(stored).float()
         return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(self._files)
+
     def identity(self) -> str:
         """A hash of the content, in milliseconds: names, dtypes, shapes, and bytes sampled from every tensor.
 
@@ -96,7 +101,7 @@ class Checkpoint:
         scales = {f"{module} scale": stored for module, stored in self._quantisation.scales.items()}
         for name, stored in sorted({**self.tensors, **scales}.items()):
             digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-            starts, length = _sampled(stored.nbytes)
+            starts, length = sampled(stored.nbytes)
             for sample in self._files[stored.file].read(stored.key, starts, length):
                 digest.update(sample)
         return digest.hexdigest()
@@ -105,7 +110,7 @@ class Checkpoint:
         return self._files[stored.file].load(stored.key)
 
 
-def _sampled(nbytes: int) -> tuple[list[int], int]:
+def sampled(nbytes: int) -> tuple[list[int], int]:
     """Starts and length of the bytes that stand for a tensor: all when few, else pages at both ends and between."""
     if nbytes <= _SAMPLES * _SAMPLE_BYTES:
         return [0], nbytes

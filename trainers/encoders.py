@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from .data.buckets import Geometry, Window, plan_windows
+from .data.buckets import Geometry, Plan, Window, plan_windows
 from .data.cache import Cache
 from .data.captions import shown
 from .data.encoded import Encoded, EncodedItem
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_NOT_ABOUT_THE_FILE: tuple[type[Exception], ...] = (*NOT_ABOUT_THE_FILE, getattr(torch, "AcceleratorError", MissingPackage))
+
+class Cancelled(Exception):
+    """The user asked to stop. An encoder may raise it too, in the middle of a window."""
+
+
+_NOT_ABOUT_THE_FILE: tuple[type[Exception], ...] = (*NOT_ABOUT_THE_FILE, Cancelled, getattr(torch, "AcceleratorError", MissingPackage))
 """The last (torch >= 2.8): a device that has failed fails for every file after."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -104,24 +109,56 @@ def encode_dataset(
     """
     plan = plan_windows(dataset, geometry, encoder.latent)
     folder = Path(folder).expanduser().absolute()
-    work = _Work(encoder, cache or Cache(folder / "cache"), progress or (lambda *_: None), cancelled or (lambda: False))
-    prompts = tuple(dict.fromkeys(("", encoder.negative, *prompts)))
-    captions = [window.clip.caption for window in plan.windows]
+    work = _Work(encoder, cache or Cache(folder / "cache"), progress, cancelled)
+    asked = needed_texts(encoder.negative, prompts)
     try:
-        texts = work.encode_texts(tuple(dict.fromkeys((*prompts, *captions))))
+        texts = work.encode_texts(needed_texts(encoder.negative, prompts, plan))
         items = tuple(work.encode_windows(plan.windows, texts))
-    except _Cancelled:
+    except Cancelled:
         return work.report(None, plan.rejected)
     if not items:
         raise DatasetError([item.problem for item in work.rejected[:20]], subject="No clip could be encoded")
-    keys = {prompt: texts[prompt] for prompt in prompts}
+    keys = {prompt: texts[prompt] for prompt in asked}
     encoded = Encoded(folder, encoder.family_id, encoder.variant_id, items, keys, work.cache)
     encoded.save()
     return work.report(encoded, plan.rejected)
 
 
-class _Cancelled(Exception):
-    """The user asked to stop."""
+def encode_prompts(
+    prompts: Sequence[str],
+    encoder: Encoder,
+    cache: Cache,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> dict[str, str] | None:
+    """{prompt: its key}, all of them cached, with "" and the encoder's negative prompt; None when it was cancelled."""
+    try:
+        return _Work(encoder, cache, progress, cancelled).encode_texts(needed_texts(encoder.negative, prompts))
+    except Cancelled:
+        return None
+
+
+def needed_texts(negative: str, prompts: Sequence[str], plan: Plan | None = None) -> tuple[str, ...]:
+    """What is encoded as text, each once: "", the negative prompt, `prompts`, and the captions of the planned windows."""
+    captions = [window.clip.caption for window in plan.windows] if plan else []
+    return tuple(dict.fromkeys(("", negative, *prompts, *captions)))
+
+
+def all_texts_cached(prompts: Sequence[str], identity_text: str, cache: Cache) -> bool:
+    """Whether no text encoder is needed for these texts."""
+    return all(cache.has_text(Cache.text_key(prompt, identity_text)) for prompt in prompts)
+
+
+def all_latents_cached(plan: Plan, identity_vae: str, cache: Cache) -> bool:
+    """Whether no VAE is needed for these windows. Reads clips that were never read, to know their content."""
+
+    def is_cached(window: Window) -> bool:
+        try:
+            return cache.has_latents(_latents_key(window, identity_vae, cache))
+        except OSError:
+            return True  # a clip that cannot be read will be rejected: nothing of it is encoded
+
+    return all(is_cached(window) for window in plan.windows)
 
 
 @dataclass(frozen=True)
@@ -135,12 +172,12 @@ class _Decoded:
 class _Work:
     """One run of `encode_dataset`, with its counts."""
 
-    def __init__(self, encoder: Encoder, cache: Cache, progress: Progress, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, encoder: Encoder, cache: Cache, progress: Progress | None, cancelled: Callable[[], bool] | None) -> None:
         self.encoder = encoder
         self.cache = cache
         self.rejected: list[Rejected] = []
-        self._progress = progress
-        self._cancelled = cancelled
+        self._progress = progress or (lambda *_: None)
+        self._cancelled = cancelled or (lambda: False)
         self._new = {"latents": 0, "texts": 0}
         self._there = {"latents": 0, "texts": 0}
 
@@ -172,17 +209,15 @@ class _Work:
 
     def _stop_if_asked(self) -> None:
         if self._cancelled():
-            raise _Cancelled
+            raise Cancelled
 
     def _decode(self, window: Window, identity: str) -> _Decoded:
         """Runs in the thread."""
-        path = Path(window.clip.path)
-        size = window.height, window.width
-        fps = 0.0 if window.clip.kind == "image" else window.fps  # a still is the same at every rate
-        key = Cache.latents_key(self.cache.file_hash(path), window.start_seconds, window.num_frames, fps, *size, identity)
+        key = _latents_key(window, identity, self.cache)
         if self.cache.has_latents(key):
             return _Decoded(key, None)
-        return _Decoded(key, read_window(path, window.start_seconds, window.num_frames, window.fps, size))
+        size = window.height, window.width
+        return _Decoded(key, read_window(Path(window.clip.path), window.start_seconds, window.num_frames, window.fps, size))
 
     def _latents(self, window: Window, future: Future[_Decoded]) -> str | None:
         """The key of the window's latents, which are cached; None when the window was rejected."""
@@ -209,6 +244,13 @@ class _Work:
             return None
         latents_BCFHW = self.encoder.encode_video(pixels_from_frames(decoded.frames_FHWC))
         return _checked_latents(latents_BCFHW[0], window, self.encoder.latent)
+
+
+def _latents_key(window: Window, identity_vae: str, cache: Cache) -> str:
+    """The key of a window's latents. Raises OSError when its file cannot be read."""
+    fps = 0.0 if window.clip.kind == "image" else window.fps  # a still is the same at every rate
+    file_hash = cache.file_hash(Path(window.clip.path))
+    return Cache.latents_key(file_hash, window.start_seconds, window.num_frames, fps, window.height, window.width, identity_vae)
 
 
 def pixels_from_frames(frames_FHWC: NDArray[np.uint8]) -> torch.Tensor:

@@ -69,6 +69,15 @@ def load_vae(checkpoint: Checkpoint, family: Family, device: torch.device | str,
     return _filled(module, {name: source.dense(name, dtype) for name in module.state_dict()}, device)
 
 
+def under_native_names(state: Mapping[str, torch.Tensor], table: KeyTable) -> dict[str, torch.Tensor]:
+    """A state dict whose names are native, or else diffusers': then as `native_state` gives it."""
+    try:
+        table.map_file(state)
+    except KeyTableError:
+        return native_state(state, table)
+    return dict(state)
+
+
 def native_state(state: Mapping[str, torch.Tensor], table: KeyTable) -> dict[str, torch.Tensor]:
     """A module's state dict under native names, fused and swapped as the native file has it.
 

@@ -1,0 +1,163 @@
+"""ComfyUI's own objects (MODEL, VAE, CLIP, CLIP_VISION) made of a base model's files, in any form that training reads.
+
+A file that ComfyUI's loaders know is theirs to load. What they do not know (the names and folders of diffusers and
+transformers) gets native names first, by the family's own tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.clip_vision
+import comfy.latent_formats
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from ..trainers.checkpoint import Checkpoint
+from ..trainers.errors import CheckpointError, KeyTableError, Problem
+from ..trainers.family import Family
+from ..trainers.load import under_native_names
+from ..trainers.tensor_files import open_tensor_file
+from ..trainers.transformers_folder import TransformersFolder
+
+# What ComfyUI calls a family's parts: the type of its text encoders, the format of its latents.
+_CLIP_TYPES = {"wan": "WAN"}
+_LATENT_FORMATS = {"wan": "Wan21"}
+
+WEIGHT_DTYPES: Mapping[str, dict[str, Any]] = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+"""The choices of ComfyUI's Load Diffusion Model, with the options they stand for."""
+
+_SPIECE_MODEL = "spiece_model"
+"""The tensor that holds the tokenizer in text encoder files made for ComfyUI."""
+
+State = dict[str, torch.Tensor]
+
+
+def latent_format(family_id: str) -> Any:
+    """ComfyUI's object that knows how the family's latents are normalised."""
+    return getattr(comfy.latent_formats, _LATENT_FORMATS[family_id])()
+
+
+def load_transformer(path: Path, family: Family, options: dict[str, Any]) -> Any:
+    """The MODEL of a transformer's file or folder. `options` as `comfy.sd.load_diffusion_model` takes them."""
+    checkpoint = Checkpoint.open(path)
+    if len(checkpoint.files) == 1 and _is_native(checkpoint, family):
+        return comfy.sd.load_diffusion_model(str(checkpoint.files[0]), model_options=options)
+    state, metadata = _read(checkpoint.files)
+    if not _is_native(checkpoint, family):
+        state = under_native_names(state, family.keys)
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options, metadata=metadata)
+    if model is None:
+        raise CheckpointError(Problem(f"ComfyUI does not know the model in {path.name}", f"it should be {family.title}", "Update ComfyUI."))
+    return model
+
+
+def load_vae(path: Path, family: Family) -> Any:
+    """The VAE of a file, a folder, or a checkpoint that has one."""
+    checkpoint = Checkpoint.open(path, "vae")
+    stored, metadata = _read(checkpoint.files)
+    state = {name: stored[tensor.key] for name, tensor in checkpoint.tensors.items()}
+    vae = comfy.sd.VAE(sd=under_native_names(state, family.vae_keys), metadata=metadata)
+    vae.throw_exception_if_invalid()
+    return vae
+
+
+def load_text_encoders(paths: Sequence[Path], family: Family) -> Any:
+    """The CLIP of a family's text encoders: files made for ComfyUI, or folders in transformers' layout."""
+    folders = [_transformers_folder(path) for path in paths]
+    if family.id == "wan" and len(folders) == 1 and folders[0]:
+        return _load_umt5(folders[0])
+    files = [file for path, folder in zip(paths, folders, strict=True) for file in (folder.files() if folder else (path,))]
+    if family.id == "wan" and _SPIECE_MODEL not in open_tensor_file(files[0]).tensors:
+        raise _no_tokenizer(files[0])
+    return comfy.sd.load_clip(
+        [str(file) for file in files],
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=getattr(comfy.sd.CLIPType, _CLIP_TYPES[family.id]),
+    )
+
+
+def load_clip_vision(path: Path) -> Any:
+    """The CLIP_VISION of a file."""
+    clip_vision = comfy.clip_vision.load(str(path))
+    if clip_vision is None:
+        raise CheckpointError(Problem(f"{path.name} is no image encoder", "ComfyUI must know it", "Choose a clip_vision file."))
+    return clip_vision
+
+
+def _is_native(checkpoint: Checkpoint, family: Family) -> bool:
+    """Whether the names are those that ComfyUI knows."""
+    try:
+        family.keys.map_file(checkpoint.tensors)
+    except KeyTableError:
+        return False
+    return True
+
+
+def _read(files: Sequence[Path]) -> tuple[State, dict[str, str]]:
+    """Every tensor as ComfyUI reads it, and the metadata of the first file that has any."""
+    state: State = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        tensors, told = comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
+        state.update(tensors)
+        metadata = metadata or dict(told or {})
+    return state, metadata
+
+
+def _transformers_folder(path: Path) -> TransformersFolder | None:
+    """The folder layout that a choice belongs to; None for a file that holds its own tokenizer, or has none at all."""
+    if path.is_file() and _SPIECE_MODEL in open_tensor_file(path).tensors:
+        return None
+    found = TransformersFolder.find(path)
+    if found is None and path.is_dir():
+        raise _no_tokenizer(path)
+    return found
+
+
+def _no_tokenizer(path: Path) -> CheckpointError:
+    return CheckpointError(
+        Problem(
+            f"{path.name} has no tokenizer",
+            "a text encoder comes with one: in ComfyUI's file, or as a folder `tokenizer` beside `text_encoder`",
+            "Choose a file made for ComfyUI (umt5_xxl_...), or the folder of a diffusers model.",
+        )
+    )
+
+
+def _load_umt5(folder: TransformersFolder) -> Any:
+    """ComfyUI's UMT5 of any size, with the tokenizer beside it. Its text is padded to 512 rows, as Wan is trained."""
+    import comfy.text_encoders.sd3_clip
+    import comfy.text_encoders.wan
+
+    spiece = folder.tokenizer / "spiece.model"
+    if not spiece.is_file():
+        raise _no_tokenizer(folder.weights)
+    state, _ = _read(folder.files())
+    model_class = comfy.text_encoders.wan.te(**comfy.text_encoders.sd3_clip.t5_xxl_detect(state))
+    return comfy.sd.CLIP(
+        SimpleNamespace(clip=model_class, tokenizer=comfy.text_encoders.wan.WanT5Tokenizer, params={}),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        tokenizer_data={_SPIECE_MODEL: spiece.read_bytes()},
+        parameters=comfy.utils.calculate_parameters(state),
+        state_dict=[state],
+        model_options={"umt5xxl_model_config": _t5_config(folder.config)},
+    )
+
+
+def _t5_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ComfyUI's T5 is told, from transformers' config.json."""
+    projection = str(config.get("feed_forward_proj", "gated-gelu"))
+    sizes = {name: config[name] for name in ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size")}
+    activation = "gelu_pytorch_tanh" if projection.endswith("gelu") else "relu"
+    return {**sizes, "is_gated_act": projection.startswith("gated-"), "dense_act_fn": activation}
