@@ -12,6 +12,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
+from comfy_api.latest import InputImpl
 from server import PromptServer
 
 from ..trainers.data.scan import Progress
@@ -104,6 +105,15 @@ def _diffusers_models() -> Iterator[tuple[str, Path]]:
     for root in folder_paths.get_folder_paths("diffusers"):
         for index in sorted(Path(root).glob("*/model_index.json")):
             yield index.parent.name, index.parent
+
+
+# Videos
+
+
+def whole_file(video: Any) -> Path | None:
+    """The file that a VIDEO is; None for a part of one (newer ComfyUIs trim and crop), one in memory and one made of frames."""
+    stated = [value for value in vars(video).values() if value] if type(video) is InputImpl.VideoFromFile else []
+    return Path(stated[0]).absolute() if len(stated) == 1 and isinstance(stated[0], str) else None
 
 
 # Memory and progress
