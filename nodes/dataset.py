@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
+from ..trainers.data.clip_store import store_clip
+from ..trainers.data.listed import ListedClip, listed_dataset, merge
 from ..trainers.data.report import summary
-from ..trainers.data.scan import Progress, fingerprint, scan_folder
+from ..trainers.data.scan import Dataset, Progress, fingerprint, scan_folder
+from ..trainers.data.video import VIDEO_SUFFIXES
 from ..trainers.errors import Problem
 from . import host
 from .records import DATASET
 from .schema import schema
+
+if TYPE_CHECKING:
+    import torch
 
 DEMO_CLIPS = "moving shapes (built in)"
 """The choice of the clips that the pack makes itself, to try things out."""
@@ -109,4 +117,115 @@ def _progress() -> Progress:
     return show
 
 
-NODES = [DatasetFromFolder]
+class DatasetFromClips(io.ComfyNode):
+    """Clips that the graph itself loads or makes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "DatasetFromClips",
+            "Dataset from Clips",
+            "Videos and images of the graph with their captions: of loaders, of lists, or made by other nodes. A video file is used where "
+            "it lies; frames are written once, without loss, into ComfyUI's user folder.",
+            inputs=[
+                io.Video.Input("videos", optional=True, tooltip="A video or a list of videos."),
+                io.Image.Input(
+                    "images", optional=True, tooltip="An image or a list of them: each batch is one clip, a single image a still."
+                ),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    tooltip="What the clips show: one text for all, or a list with one for each (the videos first, then the images).",
+                ),
+                io.Float.Input(
+                    "fps", default=16.0, min=1.0, max=240.0, step=0.01, tooltip="Frames a second of `images`. A video knows its own."
+                ),
+                io.Int.Input("repeats", default=1, min=1, max=1000, tooltip=REPEATS_TOOLTIP),
+                io.Float.Input("held_out", default=0.0, min=0.0, max=0.5, step=0.05, tooltip=HELD_OUT_TOOLTIP),
+            ],
+            outputs=[
+                DATASET.Output("dataset", tooltip="The clips and their captions, for the other Video Trainer nodes."),
+                io.String.Output("report", tooltip="What the clips are, and every one that is not used with the reason."),
+            ],
+            is_input_list=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        captions: list[str],
+        fps: list[float],
+        repeats: list[int],
+        held_out: list[float],
+        videos: list[Any] | None = None,
+        images: list[torch.Tensor] | None = None,
+    ) -> io.NodeOutput:
+        listed = [ListedClip(f"video {number}", partial(_video_file, video)) for number, video in enumerate(videos or [], 1)]
+        listed += [ListedClip(f"images {number}", partial(_kept, batch, fps[0])) for number, batch in enumerate(images or [], 1)]
+        dataset = listed_dataset(listed, captions, repeats[0], held_out[0], progress=_progress())
+        report = summary(dataset)
+        return io.NodeOutput(dataset, report, ui=ui.PreviewText(report))
+
+
+def _video_file(video: Any) -> Path:
+    """The file of a VIDEO, or one with its frames when it is not a whole file that the training can read."""
+    path = host.whole_file(video)
+    if path and path.suffix.lower() in VIDEO_SUFFIXES:
+        return path
+    components = video.get_components()
+    return _kept(components.images, float(components.frame_rate))
+
+
+def _kept(images_FHWC: torch.Tensor, fps: float) -> Path:
+    return store_clip(host.state_folder() / "clips", images_FHWC, fps)
+
+
+class MergeDatasets(io.ComfyNode):
+    """Several data sets as one, each with its own weight."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = ("dataset_1", "dataset_2", "dataset_3", "dataset_4")
+        datasets = [DATASET.Input(name, optional=i > 1, tooltip=f"Clips of the {_ORDINALS[i]} data set.") for i, name in enumerate(names)]
+        repeats = [
+            io.Int.Input(
+                f"repeats_{i + 1}",
+                default=1,
+                min=1,
+                max=1000,
+                tooltip=f"How many times more often an epoch shows the clips of the {ordinal} data set than it says itself.",
+            )
+            for i, ordinal in enumerate(_ORDINALS)
+        ]
+        return schema(
+            "MergeDatasets",
+            "Merge Datasets",
+            "Several data sets as one. Raise the repeats of a small one so that it counts as much as a large one.",
+            inputs=[*datasets, *repeats],
+            outputs=[
+                DATASET.Output("dataset", tooltip="All clips, for the other Video Trainer nodes."),
+                io.String.Output("report", tooltip="What the merged data set holds."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        dataset_1: Dataset,
+        dataset_2: Dataset,
+        repeats_1: int,
+        repeats_2: int,
+        repeats_3: int,
+        repeats_4: int,
+        dataset_3: Dataset | None = None,
+        dataset_4: Dataset | None = None,
+    ) -> io.NodeOutput:
+        pairs = [(dataset_1, repeats_1), (dataset_2, repeats_2), (dataset_3, repeats_3), (dataset_4, repeats_4)]
+        merged = merge([(dataset, repeats) for dataset, repeats in pairs if dataset is not None])
+        report = summary(merged)
+        return io.NodeOutput(merged, report, ui=ui.PreviewText(report))
+
+
+_ORDINALS = ("first", "second", "third", "fourth")
+
+NODES = [DatasetFromFolder, DatasetFromClips, MergeDatasets]

@@ -15,6 +15,7 @@ import comfyui_version
 import folder_paths
 import torch
 from aiohttp.web import RouteTableDef
+from comfy_api.latest import InputImpl
 from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 
@@ -155,6 +156,15 @@ def loading() -> tuple[str, ...]:
     text_device, vae_device = manage.text_encoder_device(), manage.vae_device()
     dtypes = (manage.text_encoder_dtype(text_device), manage.vae_dtype(vae_device, [torch.bfloat16, torch.float32]))
     return (comfyui_version.__version__, text_device.type, vae_device.type, *map(str, dtypes))
+
+
+# Videos
+
+
+def whole_file(video: Any) -> Path | None:
+    """The file that a VIDEO is; None for a part of one (newer ComfyUIs trim and crop), one in memory and one made of frames."""
+    stated = [value for value in vars(video).values() if value] if type(video) is InputImpl.VideoFromFile else []
+    return Path(stated[0]).absolute() if len(stated) == 1 and isinstance(stated[0], str) else None
 
 
 # Memory and progress

@@ -34,11 +34,16 @@ def read_caption(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _unusable(f"{name} is not UTF-8 (byte {error.start})", "captions are UTF-8", "Save it as UTF-8.") from None
-    caption = "\n".join(text.strip().splitlines())
+    caption = tidy_caption(text)
     if not caption or "\0" in caption:
         value = f"{name} holds zero bytes" if caption else f"{name} is empty"
         raise _unusable(value, "a caption says what is to be seen", "Write what the clip shows.")
     return caption
+
+
+def tidy_caption(text: str) -> str:
+    """A caption without the white space around it and with Unix line ends."""
+    return "\n".join(text.strip().splitlines())
 
 
 def shown(name: str) -> str:

@@ -103,7 +103,7 @@ def scan_folder(folder: Path | str, repeats: int = 1, held_out: float = 0.0, see
     rejected += [_unread(root, Path(error.filename), error) for error in closed]
     if not clips:
         raise _nothing_to_use(root, rejected)
-    return Dataset(tuple(_hold_out(clips, held_out, seed)), tuple([*rejected, *_captions_without_clip(root, found)]))
+    return Dataset(tuple(hold_out(clips, held_out, seed)), tuple([*rejected, *_captions_without_clip(root, found)]))
 
 
 def fingerprint(folder: Path | str) -> str:
@@ -121,15 +121,21 @@ def fingerprint(folder: Path | str) -> str:
 
 
 def _check_arguments(root: Path, repeats: int, held_out: float) -> None:
-    problems = []
+    problems = argument_problems(repeats, held_out)
     if not root.is_dir():
         problems.append(Problem(f"{root} is no folder", "a data set is a folder of clips", "Check the path."))
+    if problems:
+        raise DatasetError(problems)
+
+
+def argument_problems(repeats: int, held_out: float) -> list[Problem]:
+    """What is wrong with the numbers that every data set has; empty when nothing is."""
+    problems = []
     if repeats < 1:
         problems.append(Problem(f"repeats is {repeats}", "a clip is shown at least once per epoch", "Use 1 or more."))
     if not 0 <= held_out < 1:
         problems.append(Problem(f"held_out is {held_out}", "it is a share from 0 to below 1", "Use 0.1 for a tenth."))
-    if problems:
-        raise DatasetError(problems)
+    return problems
 
 
 def _files(root: Path, closed: list[OSError]) -> Iterator[Path]:
@@ -199,7 +205,8 @@ def _repeats_of(name: str) -> int:
     return repeats
 
 
-def _hold_out(clips: list[Clip], share: float, seed: int) -> list[Clip]:
+def hold_out(clips: list[Clip], share: float, seed: int) -> list[Clip]:
+    """The clips, those of the share marked: at least one on each side when there are two or more."""
     if share == 0 or len(clips) < 2:
         return clips
     places = {clip.name: _place(clip.name, seed) for clip in clips}
