@@ -1,0 +1,78 @@
+// The tab in the sidebar: all runs, those that train first.
+
+import { element, makeCard } from "./run_card.js";
+import { ask, current, subscribe } from "./runs.js";
+
+/** Fills `container` with the list. Doing so again, or after the page has thrown the list away, is harmless. */
+export function renderPanel(container, { tell, browseTemplates }) {
+  if (container.querySelector(":scope > .vt-panel")) return;
+  const view = {
+    tell,
+    cards: new Map(), // name -> card
+    count: element("span", { className: "vt-count" }),
+    list: element("div", { className: "vt-list" }),
+    message: element("div", { className: "vt-message" }),
+    welcome: makeWelcome(browseTemplates),
+  };
+  const title = element("header", { className: "vt-title" }, element("span", { textContent: "Video Trainer" }), view.count);
+  view.root = element("section", { className: "vt-panel" }, title, view.message, view.welcome, view.list);
+  container.replaceChildren(view.root);
+  const end = subscribe(() => (view.root.isConnected ? draw(view) : end())); // the page never says that a tab was closed
+  draw(view);
+}
+
+function draw(view) {
+  const { runs, loaded, problem } = current();
+  const ordered = [...runs.values()].sort(byInterest);
+  const live = ordered.filter((run) => run.live).length;
+  view.count.textContent = live ? `${live} training` : "";
+  view.welcome.hidden = !loaded || runs.size > 0;
+  drawMessage(view, loaded, problem);
+  drawCards(view, ordered);
+}
+
+/** Live runs in the order they were made, so that they keep their places; then the others, the latest first. */
+function byInterest(one, other) {
+  if (one.live !== other.live) return one.live ? -1 : 1;
+  return one.live ? other.created - one.created : other.active - one.active;
+}
+
+function drawMessage(view, loaded, problem) {
+  view.message.hidden = loaded && !problem;
+  if (view.message.hidden) return;
+  const text = problem ? `The runs cannot be read: ${problem}` : "Reading the runs ...";
+  view.message.replaceChildren(text);
+  if (problem) view.message.append(element("button", { type: "button", textContent: "Try again", onclick: ask }));
+}
+
+function drawCards(view, ordered) {
+  const names = new Set(ordered.map((run) => run.name));
+  for (const [name, card] of view.cards) {
+    if (names.has(name)) continue;
+    card.root.remove();
+    view.cards.delete(name);
+  }
+  let place = view.list.firstElementChild;
+  for (const run of ordered) {
+    if (!view.cards.has(run.name)) view.cards.set(run.name, makeCard(view.tell));
+    const card = view.cards.get(run.name);
+    card.update(run);
+    if (card.root === place) place = place.nextElementSibling;
+    else view.list.insertBefore(card.root, place); // only what moved: a card that is touched loses its focus
+  }
+}
+
+function makeWelcome(browseTemplates) {
+  const steps = [
+    "Open a training graph: Templates, then Video Trainer in the list on the left. The tiny Wan graph runs on any computer.",
+    "Choose your model in Base Model and your clips in Dataset From Folder.",
+    "Press Run. The training appears here and goes on in the background: you can use ComfyUI meanwhile, or close it.",
+  ];
+  return element(
+    "div",
+    { className: "vt-welcome" },
+    element("p", { textContent: "Nothing has been trained yet. Your first LoRA:" }),
+    element("ol", {}, ...steps.map((text) => element("li", { textContent: text }))),
+    element("button", { type: "button", textContent: "Browse templates", onclick: browseTemplates }),
+  );
+}

@@ -1,0 +1,123 @@
+// Video Trainer in the page: the tab with all runs, and reports in the nodes. The only file here that does something by itself.
+
+import { app } from "../../scripts/app.js";
+import { newsOf } from "./news.js";
+import { renderPanel } from "./panel.js";
+import { showReport } from "./report.js";
+import { current, start, subscribe } from "./runs.js";
+import { reportOf } from "./words.js";
+
+const TAB = "video-trainer";
+const PREFIX = "VideoTrainer_";
+const RUN = "video_trainer_run"; // property of a node: the name of the run that it started or waited for
+
+let refreshing = null;
+let refreshAgain = false;
+
+app.registerExtension({
+  name: "VideoTrainer",
+
+  async setup() {
+    addStyles();
+    app.extensionManager.registerSidebarTab({
+      id: TAB,
+      icon: "pi pi-video",
+      title: "Video Trainer",
+      tooltip: "Video Trainer",
+      type: "custom",
+      render: (container) => renderPanel(container, { tell, browseTemplates }),
+    });
+    subscribe((before) => {
+      announce(before);
+      drawBadge();
+      drawReports();
+    });
+    start();
+  },
+
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith(PREFIX)) return;
+    chain(node, "onExecuted", (output) => executed(node, output));
+    chain(node, "onConfigure", () => setTimeout(drawReports));
+  },
+});
+
+function addStyles() {
+  const link = document.createElement("link");
+  link.rel = "stylesheet";
+  link.href = new URL("./video_trainer.css", import.meta.url).href;
+  document.head.append(link);
+}
+
+function announce(before) {
+  const { toasts, newLoras } = newsOf(before, current().runs);
+  for (const toast of toasts) app.extensionManager.toast.add({ life: 10_000, ...toast });
+  if (newLoras) refreshLists();
+}
+
+function tell(severity, detail) {
+  app.extensionManager.toast.add({ severity, summary: "Video Trainer", detail, life: 10_000 });
+}
+
+/** Lets every LoRA list show new files. One at a time: the page fetches all node definitions for it. */
+async function refreshLists() {
+  refreshAgain = true;
+  if (refreshing) return;
+  refreshing = true;
+  while (refreshAgain) {
+    refreshAgain = false;
+    try {
+      await app.extensionManager.command.execute("Comfy.RefreshNodeDefinitions");
+    } catch (error) {
+      console.warn("Video Trainer: the LoRA lists could not be refreshed; press R.", error);
+    }
+  }
+  refreshing = null;
+}
+
+function browseTemplates() {
+  app.extensionManager.command.execute("Comfy.BrowseTemplates");
+}
+
+/** The number of live runs on the tab's icon. It is set on the page's own record of the tab, which the page watches. */
+function drawBadge() {
+  const live = [...current().runs.values()].filter((run) => run.live).length;
+  const tab = app.extensionManager.getSidebarTabs?.().find(({ id }) => id === TAB);
+  if (tab) tab.iconBadge = live ? String(live) : null;
+}
+
+function executed(node, output) {
+  const [name] = output?.[RUN] ?? [];
+  if (name) node.properties[RUN] = name;
+  const text = [output?.text ?? []].flat().join("\n");
+  drawReport(node, text);
+}
+
+function drawReports() {
+  for (const node of everyNode(app.rootGraph ?? app.graph)) {
+    if (node.properties?.[RUN]) drawReport(node);
+  }
+}
+
+/** A run that is known tells by itself how it goes; `text` is what a node says that has none. */
+function drawReport(node, text = "") {
+  const run = current().runs.get(node.properties?.[RUN]);
+  if (run) showReport(node, app, reportOf(run), run);
+  else if (text) showReport(node, app, text);
+}
+
+function* everyNode(graph) {
+  for (const node of graph?.nodes ?? []) {
+    yield node;
+    if (node.subgraph) yield* everyNode(node.subgraph);
+  }
+}
+
+function chain(node, name, then) {
+  const first = node[name];
+  node[name] = function (...values) {
+    const result = first?.apply(this, values);
+    then(...values);
+    return result;
+  };
+}
