@@ -14,11 +14,14 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
 async def comfy_entrypoint() -> Any:
-    """The nodes, for ComfyUI. Its own message about an error would leave out the traceback."""
+    """The nodes, for ComfyUI. Its own message about an error would leave out the traceback, so all that can fail is done here."""
     try:
         from .nodes import VideoTrainerExtension
 
-        return VideoTrainerExtension()
+        extension = VideoTrainerExtension()
+        for node in await extension.get_node_list():
+            node.GET_SCHEMA()
+        return extension
     except Exception:
         logging.exception("Video Trainer could not be loaded")
         raise
