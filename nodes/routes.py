@@ -39,8 +39,9 @@ def overview() -> Overview:
     return Overview(host.runs_folder())
 
 
+@cache
 def register() -> None:
-    """Adds the routes to ComfyUI's server and starts the watcher; without a server nothing happens."""
+    """Adds the routes to ComfyUI's server and starts the watcher, once; without a server nothing happens."""
     routes = host.routes()
     if routes is None:
         return

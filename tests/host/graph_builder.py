@@ -48,10 +48,10 @@ class Graph:
 
     def node(
         self,
-        type: str,
+        kind: str,
         position: tuple[int, int],
-        width: int = 320,
-        height: int | None = None,
+        size: tuple[int, int | None] = (320, None),
+        /,
         mode: int = 0,
         title: str = "",
         color: str = "",
@@ -60,23 +60,23 @@ class Graph:
         **widgets: Any,
     ) -> Node:
         """Places a node. `wires` are {input: (node, name of its output)}, `widgets` the values that are not the default."""
-        info = self.object_info[type]
+        info = self.object_info[kind]
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         values: list[Any] = []
         slots = []
         for name, spec in inputs.items():
-            kind, options = _kind(spec)
-            if kind not in WIDGETS or options.get("forceInput"):
-                slots.append({"name": name, "type": kind, "link": None})
+            of, options = _kind(spec)
+            if of not in WIDGETS or options.get("forceInput"):
+                slots.append({"name": name, "type": of, "link": None})
                 continue
             values.append(widgets.pop(name, _default(spec)))
             if options.get("control_after_generate"):
                 values.append("fixed")
-        assert not widgets, f"{type} has no widgets {sorted(widgets)}"
-        outputs = [{"name": name, "type": kind, "links": []} for name, kind in zip(info["output_name"], info["output"], strict=True)]
-        if height is None:
-            height = TITLE + SLOT * max(len(slots), len(outputs)) + WIDGET * len(values) + MARGIN
-        node = Node(len(self.nodes) + 1, type, position, (width, height), values, slots, outputs, mode, title, color, models)
+        assert not widgets, f"{kind} has no widgets {sorted(widgets)}"
+        outputs = [{"name": name, "type": of, "links": []} for name, of in zip(info["output_name"], info["output"], strict=True)]
+        width, height = size
+        least = TITLE + SLOT * max(len(slots), len(outputs)) + WIDGET * len(values) + MARGIN
+        node = Node(len(self.nodes) + 1, kind, position, (width, height or least), values, slots, outputs, mode, title, color, models)
         self.nodes.append(node)
         for name, (source, output) in (wires or {}).items():
             self._wire(source, output, node, name)

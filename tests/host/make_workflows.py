@@ -66,19 +66,19 @@ def _wan21_train(graph: Graph) -> None:
     base = graph.node(
         "VideoTrainer_BaseModel",
         (0, 60),
-        380,
+        (380, None),
         transformer=WAN_13B["name"],
         vae=WAN_VAE["name"],
         text_encoder=UMT5["name"],
         models=[WAN_13B, WAN_VAE, UMT5],
     )
-    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 440), 380, wires={"base": (base, "base")})
+    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 440), (380, None), wires={"base": (base, "base")})
     graph.group("Step 1 - Model", -20, 0, 400, 620)
-    clips = graph.node("VideoTrainer_DatasetFromFolder", (440, 60), 380, held_out=0.1)
+    clips = graph.node("VideoTrainer_DatasetFromFolder", (440, 60), (380, None), held_out=0.1)
     encoded = graph.node(
         "VideoTrainer_EncodeDataset",
         (440, 400),
-        380,
+        (380, None),
         width=480,
         height=480,
         num_frames=33,
@@ -88,8 +88,7 @@ def _wan21_train(graph: Graph) -> None:
     previews = graph.node(
         "VideoTrainer_Previews",
         (880, 60),
-        400,
-        560,
+        (400, 560),
         prompts="a kitten playing the piano",
         width=480,
         height=480,
@@ -101,32 +100,31 @@ def _wan21_train(graph: Graph) -> None:
     run = graph.node(
         "VideoTrainer_TrainLoRA",
         (1340, 60),
-        400,
-        760,
+        (400, 760),
         name="kitten",
         trigger_words="",
         steps=2000,
         wires={"base": (base, "base"), "encoded": (encoded, "encoded"), "previews": (previews, "previews")},
     )
     graph.group("Step 4 - Train: press Run", 1320, 0, 1760, 900)
-    graph.node("VideoTrainer_WaitForRun", (1800, 60), 300, mode=BYPASSED, wires={"run": (run, "run")})
+    graph.node("VideoTrainer_WaitForRun", (1800, 60), (300, None), mode=BYPASSED, wires={"run": (run, "run")})
     graph.note((1800, 260), (300, 200), WAIT_NOTE)
 
 
 def _wan21_t2v(graph: Graph) -> None:
     graph.note((-420, 0), (380, 420), WAN21_T2V_NOTE, "Start here")
-    model = graph.node("UNETLoader", (0, 60), 380, unet_name=WAN_13B["name"], weight_dtype="default", models=[WAN_13B])
-    clip = graph.node("CLIPLoader", (0, 200), 380, 106, clip_name=UMT5["name"], type="wan", models=[UMT5])
-    vae = graph.node("VAELoader", (0, 350), 380, vae_name=WAN_VAE["name"], models=[WAN_VAE])
+    model = graph.node("UNETLoader", (0, 60), (380, None), unet_name=WAN_13B["name"], weight_dtype="default", models=[WAN_13B])
+    clip = graph.node("CLIPLoader", (0, 200), (380, 106), clip_name=UMT5["name"], type="wan", models=[UMT5])
+    vae = graph.node("VAELoader", (0, 350), (380, None), vae_name=WAN_VAE["name"], models=[WAN_VAE])
     graph.group("Step 1 - Load models", -20, 0, 400, 440)
-    lora = graph.node("VideoTrainer_ApplyLoRA", (440, 60), 380, lora="none", wires={"model": (model, "MODEL")})
+    lora = graph.node("VideoTrainer_ApplyLoRA", (440, 60), (380, None), lora="none", wires={"model": (model, "MODEL")})
     graph.group("Step 2 - LoRA", 420, 0, 840, 440)
-    latents = graph.node("EmptyHunyuanLatentVideo", (0, 520), 380, 130, width=480, height=480, length=33)
+    latents = graph.node("EmptyHunyuanLatentVideo", (0, 520), (380, 130), width=480, height=480, length=33)
     graph.group("Step 3 - Video size", -20, 460, 400, 680)
-    positive = graph.node("CLIPTextEncode", (440, 520), 380, 160, text="a kitten playing the piano", wires={"clip": (clip, "CLIP")})
-    negative = graph.node("CLIPTextEncode", (440, 710), 380, 160, text=WAN_NEGATIVE, wires={"clip": (clip, "CLIP")})
+    positive = graph.node("CLIPTextEncode", (440, 520), (380, 160), text="a kitten playing the piano", wires={"clip": (clip, "CLIP")})
+    negative = graph.node("CLIPTextEncode", (440, 710), (380, 160), text=WAN_NEGATIVE, wires={"clip": (clip, "CLIP")})
     graph.group("Step 4 - Prompt", 420, 460, 840, 890)
-    shifted = graph.node("ModelSamplingSD3", (880, 60), 320, 58, shift=8.0, wires={"model": (lora, "model")})
+    shifted = graph.node("ModelSamplingSD3", (880, 60), (320, 58), shift=8.0, wires={"model": (lora, "model")})
     _sample(
         graph,
         (880, 160),
@@ -147,15 +145,15 @@ def _wan21_t2v(graph: Graph) -> None:
 
 def _tiny_wan(graph: Graph) -> None:
     graph.note((-420, 0), (380, 520), TINY_NOTE, "Start here")
-    base = graph.node("VideoTrainer_BaseModel", (0, 60), 340, transformer=TINY, vae=TINY, text_encoder=TINY)
-    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 440), 340, wires={"base": (base, "base")})
-    model = graph.node("VideoTrainer_LoadTransformer", (0, 580), 340, wires={"base": (base, "base")})
+    base = graph.node("VideoTrainer_BaseModel", (0, 60), (340, None), transformer=TINY, vae=TINY, text_encoder=TINY)
+    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 440), (340, None), wires={"base": (base, "base")})
+    model = graph.node("VideoTrainer_LoadTransformer", (0, 580), (340, None), wires={"base": (base, "base")})
     graph.group("Step 1 - Model", -20, 0, 360, 740)
-    clips = graph.node("VideoTrainer_DatasetFromFolder", (400, 60), 340, folder=SHAPES, held_out=0.1)
+    clips = graph.node("VideoTrainer_DatasetFromFolder", (400, 60), (340, None), folder=SHAPES, held_out=0.1)
     encoded = graph.node(
         "VideoTrainer_EncodeDataset",
         (400, 400),
-        340,
+        (340, None),
         width=64,
         height=64,
         num_frames=9,
@@ -165,8 +163,7 @@ def _tiny_wan(graph: Graph) -> None:
     run = graph.node(
         "VideoTrainer_TrainLoRA",
         (800, 60),
-        360,
-        640,
+        (360, 640),
         name="diagonally",
         trigger_words="diagonally",
         steps=100,
@@ -180,20 +177,22 @@ def _tiny_wan(graph: Graph) -> None:
         gradient_checkpointing=False,
         wires={"base": (base, "base"), "encoded": (encoded, "encoded")},
     )
-    wait = graph.node("VideoTrainer_WaitForRun", (800, 760), 360, wires={"run": (run, "run")})
+    wait = graph.node("VideoTrainer_WaitForRun", (800, 760), (360, None), wires={"run": (run, "run")})
     graph.group("Step 3 - Train", 780, 0, 1180, 960)
-    lora = graph.node("VideoTrainer_ApplyLoRA", (1220, 60), 320, lora="none", wires={"model": (model, "model"), "run": (wait, "run")})
-    positive = graph.node(
-        "CLIPTextEncode", (1220, 290), 320, 110, text="a red circle moving diagonally", wires={"clip": (encoders, "clip")}
+    lora = graph.node(
+        "VideoTrainer_ApplyLoRA", (1220, 60), (320, None), lora="none", wires={"model": (model, "model"), "run": (wait, "run")}
     )
-    negative = graph.node("CLIPTextEncode", (1220, 440), 320, 90, text="", wires={"clip": (encoders, "clip")})
-    latents = graph.node("EmptyHunyuanLatentVideo", (1220, 570), 320, 130, width=64, height=64, length=9)
-    shifted = graph.node("ModelSamplingSD3", (1580, 60), 320, 58, shift=3.0, wires={"model": (lora, "model")})
+    positive = graph.node(
+        "CLIPTextEncode", (1220, 290), (320, 110), text="a red circle moving diagonally", wires={"clip": (encoders, "clip")}
+    )
+    negative = graph.node("CLIPTextEncode", (1220, 440), (320, 90), text="", wires={"clip": (encoders, "clip")})
+    latents = graph.node("EmptyHunyuanLatentVideo", (1220, 570), (320, 130), width=64, height=64, length=9)
+    shifted = graph.node("ModelSamplingSD3", (1580, 60), (320, 58), shift=3.0, wires={"model": (lora, "model")})
     _sample(
         graph, (1580, 160), shifted, "MODEL", positive, negative, latents, encoders, "vae",
         steps=20, cfg=3.0, sampler="euler", prefix="video/diagonally", fps=8.0, title="with the LoRA",
     )  # fmt: skip
-    before = graph.node("ModelSamplingSD3", (1580, 560), 320, 58, shift=3.0, wires={"model": (model, "model")})
+    before = graph.node("ModelSamplingSD3", (1580, 560), (320, 58), shift=3.0, wires={"model": (model, "model")})
     _sample(
         graph, (1580, 660), before, "MODEL", positive, negative, latents, encoders, "vae",
         steps=20, cfg=3.0, sampler="euler", prefix="video/before", fps=8.0, title="without",
@@ -224,8 +223,7 @@ def _sample(
     sampled = graph.node(
         "KSampler",
         (left, top),
-        320,
-        300,
+        (320, 300),
         steps=steps,
         cfg=cfg,
         sampler_name=sampler,
@@ -239,13 +237,12 @@ def _sample(
             "latent_image": (latents, "LATENT"),
         },
     )
-    decoded = graph.node("VAEDecode", (left + 360, top - 100), 320, 46, wires={"samples": (sampled, "LATENT"), "vae": (vae, vae_output)})
-    video = graph.node("CreateVideo", (left + 360, top), 320, 78, fps=fps, wires={"images": (decoded, "IMAGE")})
+    decoded = graph.node("VAEDecode", (left + 360, top - 100), (320, 46), wires={"samples": (sampled, "LATENT"), "vae": (vae, vae_output)})
+    video = graph.node("CreateVideo", (left + 360, top), (320, 78), fps=fps, wires={"images": (decoded, "IMAGE")})
     graph.node(
         "SaveVideo",
         (left + 360, top + 120),
-        320,
-        240,
+        (320, 240),
         filename_prefix=prefix,
         title=f"Save Video ({title})" if title else "",
         wires={"video": (video, "VIDEO")},
