@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..trainers.data.clip_store import store_clip
+from ..trainers.data.contact_sheet import contact_sheet
 from ..trainers.data.listed import ListedClip, listed_dataset, merge
-from ..trainers.data.report import summary
+from ..trainers.data.report import listing, summary
 from ..trainers.data.scan import Dataset, Progress, fingerprint, scan_folder
 from ..trainers.data.video import VIDEO_SUFFIXES
-from ..trainers.errors import Problem
+from ..trainers.errors import DatasetError, Problem
+from ..trainers.family import LatentSpec, family_of
 from . import host
-from .records import DATASET
+from .records import BASE, DATASET, Base
 from .schema import schema
 
 if TYPE_CHECKING:
@@ -226,6 +228,49 @@ class MergeDatasets(io.ComfyNode):
         return io.NodeOutput(merged, report, ui=ui.PreviewText(report))
 
 
+class InspectDataset(io.ComfyNode):
+    """Looks at a data set: a picture of its clips and a table."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "InspectDataset",
+            "Inspect Dataset",
+            "A contact sheet and a table of the clips with their captions, to see what the training will see. "
+            "With a base model also how long and how large the clips can be for it.",
+            inputs=[
+                DATASET.Input("dataset", tooltip="The clips to look at; handed on unchanged."),
+                io.Int.Input("first_clip", default=1, min=1, max=1_000_000, tooltip="The number of the first clip to show, to page on."),
+                io.Int.Input("max_clips", default=8, min=1, max=64, tooltip="The most clips to show at once."),
+                BASE.Input("base", optional=True, tooltip="The model, to see which lengths and sizes its rules allow for each clip."),
+            ],
+            outputs=[
+                DATASET.Output("dataset", tooltip="The same data set."),
+                io.Image.Output("contact_sheet", tooltip="First, middle and last frame of each clip, with its caption."),
+                io.String.Output("report", tooltip="What the data set holds, and a table of the clips that are shown."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, dataset: Dataset, first_clip: int, max_clips: int, base: Base | None = None) -> io.NodeOutput:
+        import torch
+
+        total = len(dataset.clips)
+        if first_clip > total:
+            raise DatasetError(Problem(f"first_clip is {first_clip}", f"the data set has {total} clips", f"Use 1 to {total}."))
+        shown = dataset.clips[first_clip - 1 : first_clip - 1 + max_clips]
+        sheet_BHWC = torch.from_numpy(contact_sheet(shown, first_clip, total)).float()[None] / 255
+        report = listing(dataset, first_clip, max_clips, _rules(base) if base else None)
+        both = ui.PreviewImage(sheet_BHWC, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
+        return io.NodeOutput(dataset, sheet_BHWC, report, ui=both)
+
+
+def _rules(base: Base) -> LatentSpec:
+    family, variant = family_of(base.variant)
+    return family.latent(variant)
+
+
 _ORDINALS = ("first", "second", "third", "fourth")
 
-NODES = [DatasetFromFolder, DatasetFromClips, MergeDatasets]
+NODES = [DatasetFromFolder, DatasetFromClips, MergeDatasets, InspectDataset]

@@ -25,7 +25,7 @@ function draw(view) {
   const { runs, loaded, problem } = current();
   const ordered = [...runs.values()].sort(byInterest);
   const live = ordered.filter((run) => run.live).length;
-  view.count.textContent = live ? `${live} training` : "";
+  view.count.textContent = live ? `${live} running` : "";
   view.welcome.hidden = !loaded || runs.size > 0;
   drawMessage(view, loaded, problem);
   drawCards(view, ordered);

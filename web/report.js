@@ -54,6 +54,7 @@ function addReport(node, app) {
 
 /** Makes the node as large as its widgets need; it never becomes smaller than someone made it. */
 function fit(node) {
+  if (globalThis.LiteGraph?.vueNodesMode) return; // there the page's own layout does it
   const [width, height] = node.computeSize();
   const wanted = [Math.max(node.size[0], width, NARROWEST_PIXELS), Math.max(node.size[1], height)];
   if (wanted[0] !== node.size[0] || wanted[1] !== node.size[1]) node.setSize(wanted);

@@ -1,4 +1,4 @@
-// The runs as the server tells of them: one store for the whole page. Nothing happens until `start`.
+// The runs as the server tells of them: one store for the whole page. Nothing happens until `listen` or `ask`.
 
 import { api } from "../../scripts/api.js";
 
@@ -25,10 +25,10 @@ export function current() {
   return { runs, loaded, problem };
 }
 
-export function start() {
+/** Takes the server's news. To be called at once: the page complains of events that nobody listens to. */
+export function listen() {
   api.addEventListener(EVENT, ({ detail }) => apply(detail));
   api.addEventListener("reconnected", ask);
-  return ask();
 }
 
 /** Fetch all runs. News that come meanwhile may be newer than the answer: then it asks once more. */

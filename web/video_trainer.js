@@ -4,15 +4,17 @@ import { app } from "../../scripts/app.js";
 import { newsOf } from "./news.js";
 import { renderPanel } from "./panel.js";
 import { showReport } from "./report.js";
-import { current, start, subscribe } from "./runs.js";
+import { ask, current, listen, subscribe } from "./runs.js";
 import { reportOf } from "./words.js";
 
 const TAB = "video-trainer";
 const PREFIX = "VideoTrainer_";
 const RUN = "video_trainer_run"; // property of a node: the name of the run that it started or waited for
 
-let refreshing = null;
+let refreshing = false;
 let refreshAgain = false;
+
+listen();
 
 app.registerExtension({
   name: "VideoTrainer",
@@ -32,7 +34,7 @@ app.registerExtension({
       drawBadge();
       drawReports();
     });
-    start();
+    ask();
   },
 
   nodeCreated(node) {
@@ -72,7 +74,7 @@ async function refreshLists() {
       console.warn("Video Trainer: the LoRA lists could not be refreshed; press R.", error);
     }
   }
-  refreshing = null;
+  refreshing = false;
 }
 
 function browseTemplates() {

@@ -24,10 +24,10 @@ export function shareOf(run) {
   return run.total_steps ? Math.min(run.step / run.total_steps, 1) : null;
 }
 
-/** "340 of 2000 steps (17 %)" */
+/** "340 of 2000 steps (17 %)"; "2000 steps" when none is done yet. */
 export function stepsOf(run) {
   const share = shareOf(run);
-  if (share === null) return `${run.step} steps`;
+  if (share === null || !run.step) return `${run.step || run.total_steps || "?"} steps`;
   return `${run.step} of ${run.total_steps} steps (${Math.floor(100 * share)} %)`;
 }
 

@@ -168,7 +168,9 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
     identity = _identity(tensors, tmp_path / "a.safetensors")
     os.utime(tmp_path / "a.safetensors", (0, 0))
     assert Checkpoint.open(tmp_path / "a.safetensors").identity() == identity
-    assert Checkpoint.open(shards(tensors, tmp_path)[0]).identity() == identity
+    parts = shards(tensors, tmp_path)
+    assert Checkpoint.open(parts[0]).identity() == identity
+    assert Checkpoint.open(parts[0]).files == tuple(parts)
     assert _identity({f"model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors") == identity
     torch.save({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, tmp_path / "c.pth")
     assert Checkpoint.open(tmp_path / "c.pth").identity() == identity

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trainers.checkpoint import Checkpoint
-from trainers.errors import CheckpointError
+from trainers.errors import CheckpointError, KeyTableError
 from trainers.families.wan import FAMILY
 from trainers.family import detect
-from trainers.load import load_transformer, load_vae, native_state
+from trainers.load import load_transformer, load_vae, native_state, under_native_names
 from trainers.offload.linear import FrozenLinear
 
 State = dict[str, torch.Tensor]
@@ -86,6 +86,17 @@ def test_native_to_diffusers_to_native_is_equal_in_bytes(tmp_path: Path, changes
     save_file(native, tmp_path / "first.safetensors")
     save_file(again, tmp_path / "second.safetensors")
     assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
+
+
+def test_native_names_stay_and_those_of_diffusers_become_native() -> None:
+    for model, table in ((tiny_transformer(), FAMILY.keys), (tiny_vae(), FAMILY.vae_keys)):
+        state = model.state_dict()
+        native = under_native_names(state, table)
+        assert native.keys() != state.keys()
+        assert all(torch.equal(tensor, native_state(state, table)[name]) for name, tensor in native.items())
+        assert all(under_native_names(native, table)[name] is tensor for name, tensor in native.items())
+    with pytest.raises(KeyTableError, match=r"no place for.*unknown\.weight"):
+        under_native_names({**tiny_transformer().state_dict(), "unknown.weight": torch.zeros(1)}, FAMILY.keys)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

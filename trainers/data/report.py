@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..family import LatentSpec
 from .buckets import Plan, Window
 from .captions import shown
 from .scan import Clip, Dataset, Rejected
 
 _SHOWN_FILES = 50
 _SHOWN_KINDS = 6
+_NAMES = ("clip", "bucket")
 
 
 def summary(dataset: Dataset) -> str:
@@ -27,6 +29,53 @@ def summary(dataset: Dataset) -> str:
     if dataset.rejected:
         lines += ["", *_rejected(dataset.rejected)]
     return "\n".join(lines)
+
+
+def listing(dataset: Dataset, first: int, most: int, spec: LatentSpec | None = None) -> str:
+    """The summary, then a row and the caption of up to `most` clips from number `first` (1 is the first).
+
+    With the rules of a model also what it makes of them: the frames at its rate, the longest window, the largest size
+    without enlarging.
+    """
+    clips = dataset.clips[first - 1 : first - 1 + most]
+    head = ("", "clip", "size", "seconds", "frames", "fps", "repeats", *(_fitted_head(spec) if spec else ()))
+    rows = [(str(number), *_row(clip), *(_fitted(clip, spec) if spec else ())) for number, clip in enumerate(clips, first)]
+    captions = [f"{number}  {' '.join(clip.caption.split())}" for number, clip in enumerate(clips, first)]
+    rules = [_rules(dataset.clips, spec), ""] if spec else []
+    return "\n".join([summary(dataset), "", *rules, *_table(head, rows), "", "captions", *captions])
+
+
+def _row(clip: Clip) -> tuple[str, ...]:
+    info = clip.info
+    length = ("", "image", "") if clip.kind == "image" else (f"{info.duration_seconds:.2f}", str(info.num_frames), f"{info.fps:.4g}")
+    return shown(clip.name), f"{info.width}x{info.height}", *length, "held out" if clip.held_out else str(clip.repeats)
+
+
+def _fitted_head(spec: LatentSpec) -> tuple[str, ...]:
+    return f"at {spec.fps:g} fps", "longest window", "largest size"
+
+
+def _fitted(clip: Clip, spec: LatentSpec) -> tuple[str, ...]:
+    there = clip.info.num_frames_at(spec.fps)
+    window = spec.floor_num_frames(there)
+    sides = [side // spec.spatial_step * spec.spatial_step for side in (clip.info.width, clip.info.height)]
+    size = f"{sides[0]}x{sides[1]}" if all(sides) else "too small"
+    return str(there), "too short" if window == 1 and clip.kind == "video" else str(window), size
+
+
+def _rules(clips: Sequence[Clip], spec: LatentSpec) -> str:
+    """What the model asks of clips, and how long the windows are that these can fill."""
+    rule = (
+        f"The model sees {spec.fps:g} frames a second, {spec.temporal_stride}n+1 frames at once, sides in multiples of {spec.spatial_step}."
+    )
+    videos = (clip.info.num_frames_at(spec.fps) for clip in clips if clip.kind == "video")
+    windows = sorted(spec.floor_num_frames(there) for there in videos if there > spec.temporal_stride)
+    if not windows:
+        return rule
+    middle = windows[(len(windows) - 1) // 2]
+    return (
+        f"{rule}\nVideos that are long enough fill {windows[0]} frames or more, half of them {middle} or more, the longest {windows[-1]}."
+    )
 
 
 def _counts(clips: Sequence[Clip]) -> str:
@@ -108,10 +157,8 @@ def _rejected(rejected: Sequence[Rejected]) -> list[str]:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    """Columns as wide as their widest cell: the one of names to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
-        cells = [
-            cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = [cell.ljust(width) if title in _NAMES else cell.rjust(width) for cell, title, width in zip(row, head, widths, strict=True)]
         yield "  ".join(cells).rstrip()

@@ -20,11 +20,19 @@ import torch
 from clip_files import numbered, write_caption, write_image, write_video
 
 from trainers import encoders
-from trainers.data.buckets import Geometry
+from trainers.data.buckets import Geometry, plan_windows
 from trainers.data.cache import Cache
 from trainers.data.encoded import Encoded
 from trainers.data.scan import Dataset, scan_folder
-from trainers.encoders import EncodeReport, encode_dataset
+from trainers.encoders import (
+    Cancelled,
+    EncodeReport,
+    all_latents_cached,
+    all_texts_cached,
+    encode_dataset,
+    encode_prompts,
+    needed_texts,
+)
 from trainers.errors import DatasetError, MissingPackage
 from trainers.family import LatentSpec, TextRecord
 
@@ -317,3 +325,53 @@ def test_frames_are_decoded_ahead_but_not_far(clips: Path, monkeypatch: pytest.M
     assert len(ahead) > 9
     assert max(ahead) == 2
     assert not any(name.startswith("MainThread") for name in decoded)
+
+
+def is_cached(dataset: Dataset, geometry: Geometry, folder: Path, vae: str = "vae 1", text: str = "text 1") -> tuple[bool, bool]:
+    """Whether (latents, texts) need no model."""
+    plan, cache = plan_windows(dataset, geometry, SPEC), Cache(folder / "out" / "cache")
+    texts = needed_texts("ugly", (), plan)
+    return all_latents_cached(plan, vae, cache), all_texts_cached(texts, text, cache)
+
+
+def test_what_is_cached_is_known_without_an_encoder(clips: Path):
+    dataset, folder = scan_folder(clips), clips.parent
+    assert is_cached(dataset, GEOMETRY, folder) == (False, False)
+    encode(dataset, AverageEncoder())
+    assert is_cached(dataset, GEOMETRY, folder) == (True, True)
+    assert is_cached(dataset, replace(GEOMETRY, num_frames=5), folder) == (False, True)
+    assert is_cached(dataset, GEOMETRY, folder, vae="another") == (False, True)
+    assert is_cached(dataset, GEOMETRY, folder, text="another") == (True, False)
+
+
+def test_a_changed_clip_or_caption_is_not_cached(clips: Path):
+    encode(clips, AverageEncoder())
+    (clips / "0.txt").write_text("another caption")
+    assert is_cached(scan_folder(clips), GEOMETRY, clips.parent) == (True, False)
+    write_video(clips / "1.mp4", [numbered(7)] * 24, 16)
+    assert is_cached(scan_folder(clips), GEOMETRY, clips.parent) == (False, False)
+    dataset = scan_folder(clips)
+    (clips / "1.mp4").unlink()  # it will be rejected, so no model is needed for it
+    assert is_cached(dataset, GEOMETRY, clips.parent)[0]
+
+
+def test_prompts_alone(tmp_path: Path):
+    encoder, cache = AverageEncoder(), Cache(tmp_path)
+    keys = encode_prompts(["one", "two", "one"], encoder, cache)
+    assert keys == {prompt: Cache.text_key(prompt, "text 1") for prompt in ("", "ugly", "one", "two")}
+    assert all(cache.has_text(key) for key in keys.values())
+    assert encode_prompts(["two"], AverageEncoder(), cache, cancelled=lambda: True) is not None, "nothing is to be done"
+    assert encode_prompts(["three"], AverageEncoder(), cache, cancelled=lambda: True) is None
+
+
+def test_an_encoder_that_is_cancelled_in_the_middle_of_a_window_ends_the_run(clips: Path):
+    class Interrupted(AverageEncoder):
+        def encode_video(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
+            if self.videos:
+                raise Cancelled
+            return super().encode_video(pixels_BCFHW)
+
+    report = encode(clips, Interrupted())
+    assert report.encoded is None
+    assert (report.latents_new, report.rejected) == (1, ())
+    assert counts(encode(clips, AverageEncoder()))[:2] == (4, 1)

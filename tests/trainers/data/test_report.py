@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from trainers.data.buckets import Geometry, plan_windows
-from trainers.data.report import report, summary
+from trainers.data.report import listing, report, summary
 from trainers.data.scan import Clip, Dataset, Rejected
 from trainers.data.video import VideoInfo
 from trainers.errors import Problem
@@ -62,3 +62,26 @@ def test_the_summary_counts_what_is_there_without_any_geometry():
         "  bad.mp4: it is bad; it must be good. Mend it.",
     ]
     assert "frames a second" not in summary(Dataset(clips[3:]))
+
+
+def test_the_listing_pages_and_tells_what_a_model_makes_of_each_clip():
+    clips = (
+        Clip("/a.mp4", "a.mp4", "one\ntwo", VideoInfo("video", 48, 24.0, 1285, 720, 2.0), repeats=3),
+        Clip("/b.png", "b.png", "a still", VideoInfo("image", 1, 0.0, 640, 8, 0.0)),
+        Clip("/c.mp4", "c.mp4", "three", VideoInfo("video", 6, 24.0, 640, 480, 0.25), held_out=True),
+        Clip("/d.mp4", "d.mp4", "four", VideoInfo("video", 120, 24.0, 640, 480, 5.0)),
+    )
+    dataset = Dataset(clips)
+    lines = listing(dataset, 1, 3, SPEC).splitlines()
+    assert lines[: lines.index("")] == summary(dataset).splitlines()
+    assert "The model sees 16 frames a second, 4n+1 frames at once, sides in multiples of 16." in lines
+    assert "Videos that are long enough fill 29 frames or more, half of them 29 or more, the longest 77." in lines
+    rows = [" ".join(line.split()) for line in lines]
+    assert "1 a.mp4 1285x720 2.00 48 24 3 32 29 1280x720" in rows
+    assert "2 b.png 640x8 image 1 1 1 too small" in rows
+    assert "3 c.mp4 640x480 0.25 6 24 held out 4 too short 640x480" in rows
+    assert lines[-4:] == ["captions", "1  one two", "2  a still", "3  three"]
+    page = listing(dataset, 4, 3)
+    assert page.splitlines()[-2:] == ["captions", "4  four"]
+    assert "a.mp4" not in page
+    assert "model" not in page
