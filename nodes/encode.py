@@ -18,7 +18,7 @@ from ..trainers.family import family_of
 from . import host, loaders
 from .graph_encoder import GraphEncoder, Known
 from .records import BASE, DATASET, ENCODED, PREVIEWS, Base, EncodedData, PreviewSettings
-from .schema import schema
+from .schema import ADVANCED, schema
 
 _SHOWN_REJECTED = 50
 
@@ -135,9 +135,17 @@ class Previews(io.ComfyNode):
                     max=1_000_000,
                     tooltip="Steps between two previews; also before the first step and after the last.",
                 ),
-                io.Int.Input("sampling_steps", default=20, min=1, max=200, tooltip="Steps of the sampler; more take longer."),
+                io.Int.Input(
+                    "sampling_steps", default=20, min=1, max=200, extra_dict=ADVANCED, tooltip="Steps of the sampler; more take longer."
+                ),
                 io.Float.Input(
-                    "cfg", default=5.0, min=1.0, max=30.0, step=0.5, tooltip="How strongly the prompt is followed. 1: no guidance."
+                    "cfg",
+                    default=5.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.5,
+                    extra_dict=ADVANCED,
+                    tooltip="How strongly the prompt is followed. 1: no guidance.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -145,10 +153,17 @@ class Previews(io.ComfyNode):
                     min=0.0,
                     max=30.0,
                     step=0.5,
+                    extra_dict=ADVANCED,
                     tooltip="Shift of the noise levels, as in ComfyUI's ModelSamplingSD3. 0: the model's own.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, tooltip="Noise of the first video; each further one takes the next seed."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,  # another seed each time would be another run each time
+                    extra_dict=ADVANCED,
+                    tooltip="Noise of the first video; each further one takes the next seed.",
                 ),
                 io.Vae.Input("vae", lazy=True, optional=True, tooltip="The VAE, for models that start from an image."),
                 _clip_vision_input(),

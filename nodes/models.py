@@ -44,18 +44,24 @@ class BaseModel(io.ComfyNode):
                 io.Combo.Input("vae", vaes, tooltip="The model's VAE. The training decodes its preview videos with it."),
                 io.Combo.Input("text_encoder", text_encoders, tooltip="The model's text encoder, for the Load Encoders node."),
                 io.Combo.Input(
-                    "text_encoder_2", text_encoders, optional=True, tooltip="The second text encoder, for models that have two (Hunyuan)."
+                    "text_encoder_2",
+                    text_encoders,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="The second text encoder, for models that have two (Hunyuan).",
                 ),
                 io.Combo.Input(
                     "transformer_low_noise",
                     [host.NONE, *transformers],
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="The low-noise expert of Wan 2.2 A14B, when `transformer` is its high-noise expert.",
                 ),
                 io.Combo.Input(
                     "clip_vision",
                     [host.NONE, *host.model_choices("clip_vision")],
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="The image encoder, for models that look at a first frame with one (Wan 2.1 image to video).",
                 ),
             ],

@@ -1,6 +1,7 @@
 // Video Trainer in the page: the tab with all runs, and reports in the nodes. The only file here that does something by itself.
 
 import { app } from "../../scripts/app.js";
+import { foldAdvanced } from "./more_settings.js";
 import { newsOf } from "./news.js";
 import { renderPanel } from "./panel.js";
 import { showReport } from "./report.js";
@@ -39,6 +40,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith(PREFIX)) return;
+    foldAdvanced(node);
     chain(node, "onExecuted", (output) => executed(node, output));
     chain(node, "onConfigure", () => setTimeout(drawReports));
   },

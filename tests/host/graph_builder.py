@@ -64,18 +64,21 @@ class Graph:
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         values: list[Any] = []
         slots = []
+        rows, folded = 0, False
         for name, spec in inputs.items():
             of, options = _kind(spec)
             if of not in WIDGETS or options.get("forceInput"):
                 slots.append({"name": name, "type": of, "link": None})
                 continue
             values.append(widgets.pop(name, _default(spec)))
+            rows += 0 if options.get("advanced") else 1
+            folded = folded or bool(options.get("advanced"))
             if options.get("control_after_generate"):
                 values.append("fixed")
         assert not widgets, f"{kind} has no widgets {sorted(widgets)}"
         outputs = [{"name": name, "type": of, "links": []} for name, of in zip(info["output_name"], info["output"], strict=True)]
         width, height = size
-        least = TITLE + SLOT * max(len(slots), len(outputs)) + WIDGET * len(values) + MARGIN
+        least = TITLE + SLOT * max(len(slots), len(outputs)) + WIDGET * (rows + folded) + MARGIN
         node = Node(len(self.nodes) + 1, kind, position, (width, height or least), values, slots, outputs, mode, title, color, models)
         self.nodes.append(node)
         for name, (source, output) in (wires or {}).items():

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graph_builder import BYPASSED, Graph
+from graph_builder import BYPASSED, Graph, Node
 
 ROOT = Path(__file__).parents[2]
 TINY = "tiny Wan (built in)"
@@ -62,108 +62,95 @@ def text(workflow: Mapping[str, Any]) -> str:
 
 
 def _wan21_train(graph: Graph) -> None:
-    graph.note((-420, 0), (380, 620), WAN21_TRAIN_NOTE + _links(WAN_13B, WAN_VAE, UMT5), "Start here")
+    graph.note((-440, 0), (400, 640), WAN21_TRAIN_NOTE + _links(WAN_13B, WAN_VAE, UMT5), "Start here")
     base = graph.node(
         "VideoTrainer_BaseModel",
         (0, 60),
-        (380, None),
+        (380, 300),
         transformer=WAN_13B["name"],
         vae=WAN_VAE["name"],
         text_encoder=UMT5["name"],
         models=[WAN_13B, WAN_VAE, UMT5],
     )
-    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 440), (380, None), wires={"base": (base, "base")})
-    graph.group("Step 1 - Model", -20, 0, 400, 620)
-    clips = graph.node("VideoTrainer_DatasetFromFolder", (440, 60), (380, None), held_out=0.1)
+    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 420), (380, None), wires={"base": (base, "base")})
+    graph.group("Step 1 - Model", -20, 0, 400, 560)
+    clips = graph.node("VideoTrainer_DatasetFromFolder", (440, 60), (400, 300), held_out=0.1)
+    looked_at = graph.node("VideoTrainer_InspectDataset", (440, 420), (400, 560), max_clips=4, wires={"dataset": (clips, "dataset")})
+    graph.group("Step 2 - Your clips", 420, 0, 860, 1020)
+    size = {"width": 480, "height": 480, "num_frames": 33}
     encoded = graph.node(
         "VideoTrainer_EncodeDataset",
-        (440, 400),
-        (380, None),
-        width=480,
-        height=480,
-        num_frames=33,
-        wires={"dataset": (clips, "dataset"), "base": (base, "base"), "vae": (encoders, "vae"), "clip": (encoders, "clip")},
+        (900, 60),
+        (380, 400),
+        wires={"dataset": (looked_at, "dataset"), "base": (base, "base"), "vae": (encoders, "vae"), "clip": (encoders, "clip")},
+        **size,
     )
-    graph.group("Step 2 - Your clips", 420, 0, 840, 900)
     previews = graph.node(
         "VideoTrainer_Previews",
-        (880, 60),
-        (400, 560),
+        (900, 520),
+        (380, 460),
         prompts="a kitten playing the piano",
-        width=480,
-        height=480,
-        num_frames=33,
-        every_steps=250,
+        negative=WAN_NEGATIVE,
         wires={"base": (base, "base"), "clip": (encoders, "clip")},
+        **size,
     )
-    graph.group("Step 3 - Previews", 860, 0, 1300, 900)
+    graph.group("Step 3 - Size, previews", 880, 0, 1300, 1020)
     run = graph.node(
         "VideoTrainer_TrainLoRA",
         (1340, 60),
-        (400, 760),
+        (400, 560),
         name="kitten",
-        trigger_words="",
-        steps=2000,
         wires={"base": (base, "base"), "encoded": (encoded, "encoded"), "previews": (previews, "previews")},
     )
-    graph.group("Step 4 - Train: press Run", 1320, 0, 1760, 900)
-    graph.node("VideoTrainer_WaitForRun", (1800, 60), (300, None), mode=BYPASSED, wires={"run": (run, "run")})
-    graph.note((1800, 260), (300, 200), WAIT_NOTE)
+    graph.group("Step 4 - Name, then Run", 1320, 0, 1760, 660)
+    graph.node("VideoTrainer_WaitForRun", (1340, 760), (400, None), mode=BYPASSED, wires={"run": (run, "run")})
+    graph.note((1340, 960), (400, 90), WAIT_NOTE, "About Wait For Run")
 
 
 def _wan21_t2v(graph: Graph) -> None:
-    graph.note((-420, 0), (380, 420), WAN21_T2V_NOTE, "Start here")
-    model = graph.node("UNETLoader", (0, 60), (380, None), unet_name=WAN_13B["name"], weight_dtype="default", models=[WAN_13B])
+    graph.note((-440, 0), (400, 420), WAN21_T2V_NOTE, "Start here")
+    model = graph.node("UNETLoader", (0, 60), (380, 82), unet_name=WAN_13B["name"], weight_dtype="default", models=[WAN_13B])
     clip = graph.node("CLIPLoader", (0, 200), (380, 106), clip_name=UMT5["name"], type="wan", models=[UMT5])
-    vae = graph.node("VAELoader", (0, 350), (380, None), vae_name=WAN_VAE["name"], models=[WAN_VAE])
+    vae = graph.node("VAELoader", (0, 360), (380, 60), vae_name=WAN_VAE["name"], models=[WAN_VAE])
     graph.group("Step 1 - Load models", -20, 0, 400, 440)
-    lora = graph.node("VideoTrainer_ApplyLoRA", (440, 60), (380, None), lora="none", wires={"model": (model, "MODEL")})
-    graph.group("Step 2 - LoRA", 420, 0, 840, 440)
-    latents = graph.node("EmptyHunyuanLatentVideo", (0, 520), (380, 130), width=480, height=480, length=33)
-    graph.group("Step 3 - Video size", -20, 460, 400, 680)
-    positive = graph.node("CLIPTextEncode", (440, 520), (380, 160), text="a kitten playing the piano", wires={"clip": (clip, "CLIP")})
-    negative = graph.node("CLIPTextEncode", (440, 710), (380, 160), text=WAN_NEGATIVE, wires={"clip": (clip, "CLIP")})
-    graph.group("Step 4 - Prompt", 420, 460, 840, 890)
-    shifted = graph.node("ModelSamplingSD3", (880, 60), (320, 58), shift=8.0, wires={"model": (lora, "model")})
-    _sample(
-        graph,
-        (880, 160),
-        shifted,
-        "MODEL",
-        positive,
-        negative,
-        latents,
-        vae,
-        "VAE",
-        steps=30,
-        cfg=6.0,
-        sampler="uni_pc",
-        prefix="video/kitten",
+    lora = graph.node("VideoTrainer_ApplyLoRA", (440, 60), (380, 260), lora="none", wires={"model": (model, "MODEL")})
+    graph.group("Step 2 - Your LoRA", 420, 0, 840, 440)
+    latents = graph.node("EmptyHunyuanLatentVideo", (0, 540), (380, 130), width=480, height=480, length=33)
+    graph.group("Step 3 - Video size", -20, 480, 400, 860)
+    words = "a kitten playing the piano"
+    positive = graph.node("CLIPTextEncode", (440, 540), (380, 120), text=words, title="Prompt", wires={"clip": (clip, "CLIP")})
+    negative = graph.node(
+        "CLIPTextEncode", (440, 710), (380, 130), text=WAN_NEGATIVE, title="Negative prompt", wires={"clip": (clip, "CLIP")}
     )
-    graph.group("Step 5 - Press Run", 860, 0, 1580, 680)
+    graph.group("Step 4 - Prompt", 420, 480, 840, 860)
+    prompt = {"positive": (positive, "CONDITIONING"), "negative": (negative, "CONDITIONING"), "latent_image": (latents, "LATENT")}
+    numbers = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "shift": 8.0, "fps": 16.0}
+    _sample(graph, (900, 60), (lora, "model"), prompt, (vae, "VAE"), prefix="video/kitten", **numbers)
+    graph.group("Step 5 - Press Run", 880, 0, 1620, 860)
 
 
 def _tiny_wan(graph: Graph) -> None:
-    graph.note((-420, 0), (380, 520), TINY_NOTE, "Start here")
-    base = graph.node("VideoTrainer_BaseModel", (0, 60), (340, None), transformer=TINY, vae=TINY, text_encoder=TINY)
-    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 440), (340, None), wires={"base": (base, "base")})
+    graph.note((-440, 0), (400, 520), TINY_NOTE, "Start here")
+    base = graph.node("VideoTrainer_BaseModel", (0, 60), (340, 300), transformer=TINY, vae=TINY, text_encoder=TINY)
+    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 420), (340, None), wires={"base": (base, "base")})
     model = graph.node("VideoTrainer_LoadTransformer", (0, 580), (340, None), wires={"base": (base, "base")})
     graph.group("Step 1 - Model", -20, 0, 360, 740)
-    clips = graph.node("VideoTrainer_DatasetFromFolder", (400, 60), (340, None), folder=SHAPES, held_out=0.1)
+    clips = graph.node("VideoTrainer_DatasetFromFolder", (400, 60), (400, 300), folder=SHAPES, held_out=0.1)
+    looked_at = graph.node("VideoTrainer_InspectDataset", (400, 420), (400, 560), max_clips=4, wires={"dataset": (clips, "dataset")})
+    graph.group("Step 2 - Clips", 380, 0, 820, 1020)
     encoded = graph.node(
         "VideoTrainer_EncodeDataset",
-        (400, 400),
-        (340, None),
+        (860, 60),
+        (340, 400),
         width=64,
         height=64,
         num_frames=9,
-        wires={"dataset": (clips, "dataset"), "base": (base, "base"), "vae": (encoders, "vae"), "clip": (encoders, "clip")},
+        wires={"dataset": (looked_at, "dataset"), "base": (base, "base"), "vae": (encoders, "vae"), "clip": (encoders, "clip")},
     )
-    graph.group("Step 2 - Clips", 380, 0, 760, 740)
     run = graph.node(
         "VideoTrainer_TrainLoRA",
-        (800, 60),
-        (360, 640),
+        (1240, 60),
+        (360, 460),
         name="diagonally",
         trigger_words="diagonally",
         steps=100,
@@ -177,74 +164,62 @@ def _tiny_wan(graph: Graph) -> None:
         gradient_checkpointing=False,
         wires={"base": (base, "base"), "encoded": (encoded, "encoded")},
     )
-    wait = graph.node("VideoTrainer_WaitForRun", (800, 760), (360, None), wires={"run": (run, "run")})
-    graph.group("Step 3 - Train", 780, 0, 1180, 960)
+    wait = graph.node("VideoTrainer_WaitForRun", (1240, 600), (360, 220), wires={"run": (run, "run")})
+    graph.group("Step 3 - Encode and train", 840, 0, 1620, 860)
     lora = graph.node(
-        "VideoTrainer_ApplyLoRA", (1220, 60), (320, None), lora="none", wires={"model": (model, "model"), "run": (wait, "run")}
+        "VideoTrainer_ApplyLoRA", (1660, 60), (320, 240), lora="none", wires={"model": (model, "model"), "run": (wait, "run")}
     )
     positive = graph.node(
-        "CLIPTextEncode", (1220, 290), (320, 110), text="a red circle moving diagonally", wires={"clip": (encoders, "clip")}
+        "CLIPTextEncode", (1660, 360), (320, 110), text="a red circle moving diagonally", wires={"clip": (encoders, "clip")}
     )
-    negative = graph.node("CLIPTextEncode", (1220, 440), (320, 90), text="", wires={"clip": (encoders, "clip")})
-    latents = graph.node("EmptyHunyuanLatentVideo", (1220, 570), (320, 130), width=64, height=64, length=9)
-    shifted = graph.node("ModelSamplingSD3", (1580, 60), (320, 58), shift=3.0, wires={"model": (lora, "model")})
-    _sample(
-        graph, (1580, 160), shifted, "MODEL", positive, negative, latents, encoders, "vae",
-        steps=20, cfg=3.0, sampler="euler", prefix="video/diagonally", fps=8.0, title="with the LoRA",
-    )  # fmt: skip
-    before = graph.node("ModelSamplingSD3", (1580, 560), (320, 58), shift=3.0, wires={"model": (model, "model")})
-    _sample(
-        graph, (1580, 660), before, "MODEL", positive, negative, latents, encoders, "vae",
-        steps=20, cfg=3.0, sampler="euler", prefix="video/before", fps=8.0, title="without",
-    )  # fmt: skip
-    graph.group("Step 4 - Use it", 1200, 0, 2280, 1100)
+    negative = graph.node("CLIPTextEncode", (1660, 520), (320, 90), text="", wires={"clip": (encoders, "clip")})
+    latents = graph.node("EmptyHunyuanLatentVideo", (1660, 670), (320, 130), width=64, height=64, length=9)
+    prompt = {"positive": (positive, "CONDITIONING"), "negative": (negative, "CONDITIONING"), "latent_image": (latents, "LATENT")}
+    numbers = {"steps": 20, "cfg": 3.0, "sampler_name": "euler", "shift": 3.0, "fps": 8.0}
+    _sample(graph, (2020, 60), (lora, "model"), prompt, (encoders, "vae"), prefix="video/with_lora", title="with the LoRA", **numbers)
+    _sample(graph, (2020, 560), (model, "model"), prompt, (encoders, "vae"), prefix="video/without", title="without", **numbers)
+    graph.group("Step 4 - Use it", 1640, 0, 2740, 1040)
 
 
 def _sample(
     graph: Graph,
     position: tuple[int, int],
-    model: Any,
-    model_output: str,
-    positive: Any,
-    negative: Any,
-    latents: Any,
-    vae: Any,
-    vae_output: str,
+    model: tuple[Node, str],
+    prompt: Mapping[str, tuple[Node, str]],
+    vae: tuple[Node, str],
     *,
     steps: int,
     cfg: float,
-    sampler: str,
+    sampler_name: str,
+    shift: float,
+    fps: float,
     prefix: str,
-    fps: float = 16.0,
     title: str = "",
 ) -> None:
     """From noise to a saved video: a column for the sampler, and one for what follows."""
     left, top = position
+    behind = f" ({title})" if title else ""
+    shifted = graph.node("ModelSamplingSD3", (left, top), (320, 58), shift=shift, wires={"model": model})
     sampled = graph.node(
         "KSampler",
-        (left, top),
+        (left, top + 110),
         (320, 300),
         steps=steps,
         cfg=cfg,
-        sampler_name=sampler,
+        sampler_name=sampler_name,
         scheduler="simple",
         seed=1000,
-        title=f"KSampler ({title})" if title else "",
-        wires={
-            "model": (model, model_output),
-            "positive": (positive, "CONDITIONING"),
-            "negative": (negative, "CONDITIONING"),
-            "latent_image": (latents, "LATENT"),
-        },
+        title=f"KSampler{behind}",
+        wires={"model": (shifted, "MODEL"), **prompt},
     )
-    decoded = graph.node("VAEDecode", (left + 360, top - 100), (320, 46), wires={"samples": (sampled, "LATENT"), "vae": (vae, vae_output)})
-    video = graph.node("CreateVideo", (left + 360, top), (320, 78), fps=fps, wires={"images": (decoded, "IMAGE")})
+    decoded = graph.node("VAEDecode", (left + 360, top), (320, 46), wires={"samples": (sampled, "LATENT"), "vae": vae})
+    video = graph.node("CreateVideo", (left + 360, top + 110), (320, 78), fps=fps, wires={"images": (decoded, "IMAGE")})
     graph.node(
         "SaveVideo",
-        (left + 360, top + 120),
-        (320, 240),
+        (left + 360, top + 250),
+        (320, 200),
         filename_prefix=prefix,
-        title=f"Save Video ({title})" if title else "",
+        title=f"Save Video{behind}",
         wires={"video": (video, "VIDEO")},
     )
 
