@@ -1,0 +1,163 @@
+"""Under ComfyUI's Python: what its own objects answer, made by the pack's loaders. Tensors go both ways as files."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from inside import load_pack
+from safetensors.torch import load_file, save_file
+
+
+def main(pack: str, tasks: list[dict[str, Any]]) -> list[Any]:
+    """What the function of each `task` returns, one after the other; as in a node, under inference mode."""
+    name = load_pack(pack).__name__
+    with torch.inference_mode():
+        return [_answer(lambda module: importlib.import_module(f"{name}.{module}"), **task) for task in tasks]
+
+
+Modules = Callable[[str], Any]
+
+
+def _answer(modules: Modules, task: str, **arguments: Any) -> Any:
+    return _TASKS[task](modules, **arguments)
+
+
+def _velocity(modules: Modules, base: Mapping[str, Any], inputs: str, output: str, lora: str | None, weight_dtype: str | None) -> Any:
+    """The velocity that ComfyUI's model means, as its samplers ask for it, with the LoRA by core's own loader."""
+    import comfy.model_management
+    import comfy.sd
+    import comfy.utils
+
+    log = _Log()
+    model = _model(modules, base, weight_dtype)
+    if lora:
+        model, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora), 1.0, 0.0)
+    comfy.model_management.load_models_gpu([model])
+    given = load_file(inputs)
+    x, sigma = given["noisy_BCFHW"], given["sigma_B"]
+    clean = model.model.apply_model(x, sigma, c_crossattn=given["text_BLD"])
+    velocity = (x - clean.float()) / sigma.reshape(-1, 1, 1, 1, 1)
+    save_file({"velocity": velocity.clone()}, output)
+    return {
+        "class": type(model.model).__name__,
+        "dtype": str(model.model.get_dtype()),
+        "patched": len(model.patches),
+        "log": log.lines,
+    }
+
+
+def _model(modules: Modules, base: Mapping[str, Any], weight_dtype: str | None) -> Any:
+    """What LoadTransformer gives; without `weight_dtype` in float32."""
+    if weight_dtype is not None:
+        return modules("nodes.models").LoadTransformer.execute(_base(modules, base), weight_dtype).args[0]
+    family = modules("trainers.family").families()[base["family"]]
+    return modules("nodes.native").load_transformer(Path(base["transformer"]), family, {"dtype": torch.float32})
+
+
+def _weights(modules: Modules, base: Mapping[str, Any], output: str) -> Any:
+    """The state dict of the MODEL and VAE of a base, as they were loaded."""
+    model = modules("nodes.models").LoadTransformer.execute(_base(modules, base)).args[0]
+    state = {f"model.{name}": tensor for name, tensor in model.model.diffusion_model.state_dict().items()}
+    if base.get("vae"):
+        vae = modules("nodes.models").LoadEncoders.execute(_base(modules, base)).args[1]
+        state |= {f"vae.{name}": tensor for name, tensor in vae.first_stage_model.state_dict().items()}
+    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, output)
+    return len(state)
+
+
+def _encode(modules: Modules, base: Mapping[str, Any], pixels: str, prompts: list[str], output: str) -> Any:
+    """Latents and text by the graph's encoder, and what ComfyUI's own nodes give for the same prompts without escapes."""
+    import nodes
+
+    clip, vae, _ = modules("nodes.models").LoadEncoders.execute(_base(modules, base)).args
+    encoder = modules("nodes.graph_encoder").GraphEncoder(_base(modules, base), vae, clip)
+    found = {"latents": encoder.encode_video(load_file(pixels)["pixels_BCFHW"]).contiguous()}
+    for index, record in enumerate(encoder.encode_text(prompts)):
+        found[f"text{index}"] = record.embeds_LD
+        ((conditioning, _),) = nodes.CLIPTextEncode().encode(clip, prompts[index])[0]
+        found[f"node{index}"] = conditioning.clone()
+    save_file(found, output)
+    return {"identities": [encoder.identity_vae, encoder.identity_text], "vae_dtype": str(vae.vae_dtype)}
+
+
+def _escapes(modules: Modules, prompts: list[str]) -> Any:
+    """For each prompt: what reaches the tokenizer when it is escaped, and with which weights."""
+    from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+    escaped = modules("nodes.graph_encoder").escaped
+    parsed = [token_weights(escape_important(escaped(prompt)), 1.0) for prompt in prompts]
+    return [[(unescape_important(text), weight) for text, weight in parts] for parts in parsed]
+
+
+def _identities(modules: Modules, base: Mapping[str, Any]) -> Any:
+    """{what was done to it: identity} of the base's VAE and CLIP."""
+    import time
+
+    import comfy.model_management
+
+    identity = modules("nodes.identity")
+    vae, clip = _encoders(modules, base)
+    again_vae, again_clip = _encoders(modules, base)
+    found = {"vae": identity.identity_of_vae(vae), "clip": identity.identity_of_clip(clip)}
+    found |= {"vae, loaded again": identity.identity_of_vae(again_vae), "clip, loaded again": identity.identity_of_clip(again_clip)}
+
+    patched = clip.clone()
+    name = next(name for name, _ in patched.patcher.model.named_parameters() if name.endswith("SelfAttention.q.weight"))
+    shape = dict(patched.patcher.model.named_parameters())[name].shape
+    patched.add_patches({name: ("diff", (torch.ones(shape),))}, 0.5)
+    found["clip, patched"] = identity.identity_of_clip(patched)
+    comfy.model_management.load_models_gpu([patched.patcher])
+    found["clip, patched and applied"] = identity.identity_of_clip(patched)
+    found["clip, unpatched while the other is applied"] = identity.identity_of_clip(clip)
+    patched.patcher.unpatch_model()
+
+    skipping, shorter = clip.clone(), clip.clone()
+    skipping.clip_layer(-2)
+    shorter.set_tokenizer_option("umt5xxl_min_length", 256)
+    found["clip, another layer"] = identity.identity_of_clip(skipping)
+    found["clip, shorter"] = identity.identity_of_clip(shorter)
+
+    weight = next(again_vae.first_stage_model.parameters())
+    weight.view(-1)[0] += 1
+    found["vae, one number changed"] = identity.identity_of_vae(again_vae)
+    vae.first_stage_model.to(torch.bfloat16)
+    found["vae, in bfloat16"] = identity.identity_of_vae(vae)
+    started = time.perf_counter()
+    identity.identity_of_vae(vae)
+    identity.identity_of_clip(clip)
+    return {"identities": found, "seconds": time.perf_counter() - started}
+
+
+def _encoders(modules: Modules, base: Mapping[str, Any]) -> tuple[Any, Any]:
+    clip, vae, _ = modules("nodes.models").LoadEncoders.execute(_base(modules, base)).args
+    return vae, clip
+
+
+def _base(modules: Modules, values: Mapping[str, Any]) -> Any:
+    return modules("nodes.records").Base(**{**values, "text_encoders": tuple(values.get("text_encoders", ()))})
+
+
+class _Log(logging.Handler):
+    """Warnings and errors from here on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        logging.getLogger().addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+_TASKS: dict[str, Callable[..., Any]] = {
+    "velocity": _velocity,
+    "weights": _weights,
+    "encode": _encode,
+    "escapes": _escapes,
+    "identities": _identities,
+}
