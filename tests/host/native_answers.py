@@ -85,6 +85,15 @@ def _encode(modules: Modules, base: Mapping[str, Any], pixels: str, prompts: lis
     return {"identities": [encoder.identity_vae, encoder.identity_text], "vae_dtype": str(vae.vae_dtype)}
 
 
+def _refusal(modules: Modules, base: Mapping[str, Any]) -> str:
+    """What LoadEncoders says about a base that it cannot load."""
+    try:
+        modules("nodes.models").LoadEncoders.execute(_base(modules, base))
+    except modules("trainers.errors").CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def _escapes(modules: Modules, prompts: list[str]) -> Any:
     """For each prompt: what reaches the tokenizer when it is escaped, and with which weights."""
     from comfy.sd1_clip import escape_important, token_weights, unescape_important
@@ -159,5 +168,6 @@ _TASKS: dict[str, Callable[..., Any]] = {
     "weights": _weights,
     "encode": _encode,
     "escapes": _escapes,
+    "refusal": _refusal,
     "identities": _identities,
 }
