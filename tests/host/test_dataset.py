@@ -149,7 +149,7 @@ def test_frames_of_a_video_are_kept_bit_for_bit_and_once(server: Server, clips: 
     shutil.copy(clips / "000.mp4", server.base_directory / "input" / "walk.mp4")
     loaded = {"load": node("LoadVideo", file="walk.mp4"), "frames": node("GetVideoComponents", video=["load", 0])}
     graph = inspected(from_clips(fps=["frames", 2], images=["frames", 0]), **loaded)
-    assert "1 videos (0.6 seconds), 0 images" in run(server, graph)
+    assert "1 video (0.6 seconds), 0 images" in run(server, graph)
     (path,) = kept.iterdir()
     assert probe(path).num_frames == world.NUM_FRAMES
     assert np.array_equal(read_window(path, 0, 9, 16), world.read_clip(clips / "000.mp4"))
@@ -167,7 +167,7 @@ def test_a_container_that_the_training_does_not_read_is_kept_as_frames(server: S
         for pixels in frames_FHWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    assert "1 videos" in run(server, inspected(from_clips(videos=["load", 0]), load=node("LoadVideo", file="old.avi")))
+    assert "1 video " in run(server, inspected(from_clips(videos=["load", 0]), load=node("LoadVideo", file="old.avi")))
     (path,) = kept.iterdir()
     assert np.abs(read_window(path, 0, 9, 16).astype(int) - frames_FHWC).mean() < 4
 

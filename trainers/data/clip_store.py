@@ -1,8 +1,8 @@
 """Clips that come as pixels, kept as lossless files that are named by their content.
 
-Videos are H.264 in RGB without loss, stills are PNG: `read_window` gives back the very bytes, at exact times. (FFV1 in
-Matroska is a third smaller, but rounds times to milliseconds: 24 frames a second came back as 24.06.) The fastest preset
-is half as large again as the default one and is read five times as fast.
+Videos are H.264 in RGB without loss, stills are PNG: `read_window` gives back the very bytes, at exact times. Tried on 40
+frames of 1280 x 720 (111 MB): FFV1 in Matroska takes 23 MB, but rounds times to milliseconds (24 frames a second came back
+as 24.06); this preset 40 MB, read in 0.7 s; `veryfast` 26 MB, read in 3.3 s.
 
 Shape suffixes: F frames, H and W pixels, C colours (RGB).
 """

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .pixels import opencv
+
 Picture = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
@@ -26,19 +28,15 @@ class Lettering:
 
     def width(self, text: str) -> int:
         """In pixels."""
-        import cv2
-
-        return int(cv2.getTextSize(drawable(text), self._font(), self.scale, 1)[0][0])
+        return int(opencv().getTextSize(drawable(text), self._font(), self.scale, 1)[0][0])
 
     def draw(self, picture: Picture, text: str, x: int, y: int) -> None:
         """One line from `x` on, its base line at `y`."""
-        import cv2
-
+        cv2 = opencv()
         cv2.putText(picture, drawable(text), (x, y), self._font(), self.scale, self.colour, 1, cv2.LINE_AA)
 
     def _font(self) -> int:
-        import cv2
-
+        cv2 = opencv()
         return int(cv2.FONT_HERSHEY_DUPLEX if self.bold else cv2.FONT_HERSHEY_SIMPLEX)
 
     def end(self, text: str, width: int) -> str:
@@ -82,9 +80,7 @@ class Lettering:
 
 def drawable(text: str) -> str:
     """What this OpenCV can write of a text."""
-    import cv2
-
-    if text.isascii() or int(cv2.__version__.split(".")[0]) >= 5:
+    if text.isascii() or int(opencv().__version__.split(".")[0]) >= 5:
         return text
     letters = (char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
     return "".join(char if char.isascii() else "?" for char in letters)

@@ -39,7 +39,7 @@ def resize_crop(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[n
 
 
 def _resize_crop(frame_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    cv2 = _opencv()
+    cv2 = opencv()
     old_height, old_width = frame_HWC.shape[:2]
     scale = max(height / old_height, width / old_width)
     new_height, new_width = max(round(old_height * scale), height), max(round(old_width * scale), width)
@@ -49,12 +49,13 @@ def _resize_crop(frame_HWC: NDArray[np.uint8], height: int, width: int) -> NDArr
     return np.asarray(resized[top : top + height, left : left + width], np.uint8)
 
 
-def _opencv() -> ModuleType:
+def opencv() -> ModuleType:
+    """The module cv2, imported when it is needed. Raises MissingPackage with what to install."""
     try:
         import cv2
     except ImportError as error:  # also when the system lacks a library that the non-headless build needs
         raise MissingPackage(
-            f"OpenCV cannot be imported ({error}); it scales the frames. "
+            f"OpenCV cannot be imported ({error}); it scales and draws pictures. "
             "Run `pip install opencv-python-headless` (or, when libGL is missing, install the system's libGL)."
         ) from error
     module: ModuleType = cv2

@@ -17,22 +17,11 @@ _NAMES = ("clip", "bucket")
 
 def summary(dataset: Dataset) -> str:
     """What a data set holds, in a few lines, and every file that is not used with its reason. Needs no geometry."""
-    clips = dataset.clips
-    trained = [clip for clip in clips if not clip.held_out]
-    lines = [
-        _counts(clips),
-        f"{sum(clip.repeats for clip in trained)} clips per epoch, {len(clips) - len(trained)} held out",
-        "sizes: " + _most_common(f"{clip.info.width}x{clip.info.height}" for clip in clips),
-        *_rates(clips),
-        *_captions(clips),
-    ]
-    if dataset.rejected:
-        lines += ["", *_rejected(dataset.rejected)]
-    return "\n".join(lines)
+    return "\n".join([*_overview(dataset.clips), *_not_used(dataset)])
 
 
 def listing(dataset: Dataset, first: int, most: int, spec: LatentSpec | None = None) -> str:
-    """The summary, then a row and the caption of up to `most` clips from number `first` (1 is the first).
+    """As the summary, with a row and the caption of up to `most` clips from number `first` (1 is the first).
 
     With the rules of a model also what it makes of them: the frames at its rate, the longest window, the largest size
     without enlarging.
@@ -42,7 +31,8 @@ def listing(dataset: Dataset, first: int, most: int, spec: LatentSpec | None = N
     rows = [(str(number), *_row(clip), *(_fitted(clip, spec) if spec else ())) for number, clip in enumerate(clips, first)]
     captions = [f"{number}  {' '.join(clip.caption.split())}" for number, clip in enumerate(clips, first)]
     rules = [_rules(dataset.clips, spec), ""] if spec else []
-    return "\n".join([summary(dataset), "", *rules, *_table(head, rows), "", "captions", *captions])
+    parts = [*_overview(dataset.clips), "", *rules, *_table(head, rows), "", "captions", *captions]
+    return "\n".join([*parts, *_not_used(dataset)])
 
 
 def _row(clip: Clip) -> tuple[str, ...]:
@@ -78,10 +68,29 @@ def _rules(clips: Sequence[Clip], spec: LatentSpec) -> str:
     )
 
 
+def _overview(clips: Sequence[Clip]) -> list[str]:
+    trained = [clip for clip in clips if not clip.held_out]
+    return [
+        _counts(clips),
+        f"{_counted(sum(clip.repeats for clip in trained), 'clip')} per epoch, {len(clips) - len(trained)} held out",
+        "sizes: " + _most_common(f"{clip.info.width}x{clip.info.height}" for clip in clips),
+        *_rates(clips),
+        *_captions(clips),
+    ]
+
+
+def _not_used(dataset: Dataset) -> list[str]:
+    return ["", *_rejected(dataset.rejected)] if dataset.rejected else []
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _counts(clips: Sequence[Clip]) -> str:
     videos = [clip for clip in clips if clip.kind == "video"]
     seconds = sum(clip.info.duration_seconds for clip in videos)
-    return f"{len(videos)} videos ({seconds:.1f} seconds), {len(clips) - len(videos)} images"
+    return f"{_counted(len(videos), 'video')} ({seconds:.1f} seconds), {_counted(len(clips) - len(videos), 'image')}"
 
 
 def _rates(clips: Sequence[Clip]) -> list[str]:

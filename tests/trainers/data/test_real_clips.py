@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from real_clips import write_real_clips
 
 from trainers.data.buckets import Geometry, plan_windows
+from trainers.data.clip_store import store_clip
 from trainers.data.report import report
 from trainers.data.scan import Dataset, scan_folder
 from trainers.data.video import read_window
@@ -50,3 +52,10 @@ def test_a_window_in_their_middle_is_what_reading_from_the_start_gives(dataset: 
     for clip in dataset.clips:
         whole = read_window(Path(clip.path), 0.0, 60, 16.0, (32, 48))
         assert np.array_equal(read_window(Path(clip.path), 40 / 16, 17, 16.0, (32, 48)), whole[40:57])
+
+
+def test_their_frames_are_stored_bit_for_bit(dataset: Dataset, tmp_path: Path):
+    for clip in dataset.clips:
+        frames = read_window(Path(clip.path), 1.0, 9, clip.info.fps)
+        stored = store_clip(tmp_path, torch.from_numpy(frames) / 255, clip.info.fps)
+        assert np.array_equal(read_window(stored, 0.0, 9, clip.info.fps), frames)

@@ -20,7 +20,7 @@ def test_the_report_tells_clips_buckets_captions_and_reasons():
     )
     dataset = Dataset(clips, (Rejected("bad.mp4", Problem("it is bad", "it must be good", "Mend it.")),))
     text = report(dataset, plan_windows(dataset, Geometry(416, 240, 17), SPEC))
-    assert "4 videos (10.1 seconds), 1 images" in text
+    assert "4 videos (10.1 seconds), 1 image\n" in text
     assert "4 windows, 1 of them held out; 5 samples per epoch" in text
     assert "a\\nb.mp4" in text
     lines = text.splitlines()
@@ -71,17 +71,20 @@ def test_the_listing_pages_and_tells_what_a_model_makes_of_each_clip():
         Clip("/c.mp4", "c.mp4", "three", VideoInfo("video", 6, 24.0, 640, 480, 0.25), held_out=True),
         Clip("/d.mp4", "d.mp4", "four", VideoInfo("video", 120, 24.0, 640, 480, 5.0)),
     )
-    dataset = Dataset(clips)
+    dataset = Dataset(clips, (Rejected("bad.mp4", Problem("it is bad", "it must be good", "Mend it.")),))
     lines = listing(dataset, 1, 3, SPEC).splitlines()
-    assert lines[: lines.index("")] == summary(dataset).splitlines()
+    head, rejected = (part.splitlines() for part in summary(dataset).split("\n\n"))
+    assert head[0] == "3 videos (7.2 seconds), 1 image"
+    assert lines[: len(head) + 1] == [*head, ""]
+    assert lines[-3:] == ["", *rejected]
     assert "The model sees 16 frames a second, 4n+1 frames at once, sides in multiples of 16." in lines
     assert "Videos that are long enough fill 29 frames or more, half of them 29 or more, the longest 77." in lines
     rows = [" ".join(line.split()) for line in lines]
     assert "1 a.mp4 1285x720 2.00 48 24 3 32 29 1280x720" in rows
     assert "2 b.png 640x8 image 1 1 1 too small" in rows
     assert "3 c.mp4 640x480 0.25 6 24 held out 4 too short 640x480" in rows
-    assert lines[-4:] == ["captions", "1  one two", "2  a still", "3  three"]
-    page = listing(dataset, 4, 3)
+    assert lines[-7:-3] == ["captions", "1  one two", "2  a still", "3  three"]
+    page = listing(Dataset(clips), 4, 3)
     assert page.splitlines()[-2:] == ["captions", "4  four"]
     assert "a.mp4" not in page
     assert "model" not in page
