@@ -10,7 +10,10 @@ import { reportOf } from "./words.js";
 
 const TAB = "video-trainer";
 const PREFIX = "VideoTrainer_";
+const WAIT = `${PREFIX}WaitForRun`;
+const ALWAYS = 0; // mode of a node that is neither muted nor bypassed
 const RUN = "video_trainer_run"; // property of a node: the name of the run that it started or waited for
+const GIVEN_BACK_MILLISECONDS = 300; // after a change of tabs or an undo, the page gives nodes their outputs back a moment later
 
 let refreshing = false;
 let refreshAgain = false;
@@ -42,7 +45,7 @@ app.registerExtension({
     if (!node.comfyClass?.startsWith(PREFIX)) return;
     foldAdvanced(node);
     chain(node, "onExecuted", (output) => executed(node, output));
-    chain(node, "onConfigure", () => setTimeout(drawReports));
+    chain(node, "onConfigure", () => setTimeout(() => recall(node), GIVEN_BACK_MILLISECONDS));
   },
 });
 
@@ -93,19 +96,37 @@ function drawBadge() {
 function executed(node, output) {
   const [name] = output?.[RUN] ?? [];
   if (name) node.properties[RUN] = name;
-  const text = [output?.text ?? []].flat().join("\n");
-  drawReport(node, text);
+  drawReport(node, textOf(output));
+}
+
+/** The report of a node that was made anew from a saved graph. */
+function recall(node) {
+  const key = node.graph && !node.graph.isRootGraph && node.graph.id ? `${node.graph.id}:${node.id}` : String(node.id);
+  drawReport(node, textOf(app.nodeOutputs?.[key]));
+}
+
+function textOf(output) {
+  return [output?.text ?? []].flat().join("\n");
 }
 
 function drawReports() {
   for (const node of everyNode(app.rootGraph ?? app.graph)) {
-    if (node.properties?.[RUN]) drawReport(node);
+    if (runOf(node)) drawReport(node);
   }
+}
+
+/** The name of the run that a node started or waits for. */
+function runOf(node) {
+  if (node.comfyClass === WAIT && node.mode === ALWAYS) {
+    const started = node.getInputNode(node.inputs.findIndex(({ name }) => name === "run"));
+    return started?.properties?.[RUN] ?? node.properties[RUN];
+  }
+  return node.properties?.[RUN];
 }
 
 /** A run that is known tells by itself how it goes; `text` is what a node says that has none. */
 function drawReport(node, text = "") {
-  const run = current().runs.get(node.properties?.[RUN]);
+  const run = current().runs.get(runOf(node));
   if (run) showReport(node, app, reportOf(run), run);
   else if (text) showReport(node, app, text);
 }
