@@ -75,8 +75,8 @@ def _wan21_train(graph: Graph) -> None:
     encoders = graph.node("VideoTrainer_LoadEncoders", (0, 420), (380, None), wires={"base": (base, "base")})
     graph.group("Step 1 - Model", -20, 0, 400, 560)
     clips = graph.node("VideoTrainer_DatasetFromFolder", (440, 60), (400, 300), held_out=0.1)
-    looked_at = graph.node("VideoTrainer_InspectDataset", (440, 420), (400, 560), max_clips=4, wires={"dataset": (clips, "dataset")})
-    graph.group("Step 2 - Your clips", 420, 0, 860, 1020)
+    looked_at = graph.node("VideoTrainer_InspectDataset", (440, 420), (400, 640), max_clips=4, wires={"dataset": (clips, "dataset")})
+    graph.group("Step 2 - Your clips", 420, 0, 860, 1080)
     size = {"width": 480, "height": 480, "num_frames": 33}
     encoded = graph.node(
         "VideoTrainer_EncodeDataset",
@@ -94,7 +94,7 @@ def _wan21_train(graph: Graph) -> None:
         wires={"base": (base, "base"), "clip": (encoders, "clip")},
         **size,
     )
-    graph.group("Step 3 - Size, previews", 880, 0, 1300, 1020)
+    graph.group("Step 3 - Size, previews", 880, 0, 1300, 1080)
     run = graph.node(
         "VideoTrainer_TrainLoRA",
         (1340, 60),
@@ -126,18 +126,18 @@ def _wan21_t2v(graph: Graph) -> None:
     prompt = {"positive": (positive, "CONDITIONING"), "negative": (negative, "CONDITIONING"), "latent_image": (latents, "LATENT")}
     numbers = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "shift": 8.0, "fps": 16.0}
     _sample(graph, (900, 60), (lora, "model"), prompt, (vae, "VAE"), prefix="video/kitten", **numbers)
-    graph.group("Step 5 - Press Run", 880, 0, 1620, 860)
+    graph.group("Step 5 - Press Run", 880, 0, 1980, 860)
 
 
 def _tiny_wan(graph: Graph) -> None:
     graph.note((-440, 0), (400, 520), TINY_NOTE, "Start here")
     base = graph.node("VideoTrainer_BaseModel", (0, 60), (340, 300), transformer=TINY, vae=TINY, text_encoder=TINY)
-    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 420), (340, None), wires={"base": (base, "base")})
+    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 420), (340, 110), wires={"base": (base, "base")})
     model = graph.node("VideoTrainer_LoadTransformer", (0, 580), (340, None), wires={"base": (base, "base")})
     graph.group("Step 1 - Model", -20, 0, 360, 740)
     clips = graph.node("VideoTrainer_DatasetFromFolder", (400, 60), (400, 300), folder=SHAPES, held_out=0.1)
-    looked_at = graph.node("VideoTrainer_InspectDataset", (400, 420), (400, 560), max_clips=4, wires={"dataset": (clips, "dataset")})
-    graph.group("Step 2 - Clips", 380, 0, 820, 1020)
+    looked_at = graph.node("VideoTrainer_InspectDataset", (400, 420), (400, 640), max_clips=4, wires={"dataset": (clips, "dataset")})
+    graph.group("Step 2 - Clips", 380, 0, 820, 1080)
     encoded = graph.node(
         "VideoTrainer_EncodeDataset",
         (860, 60),
@@ -178,7 +178,7 @@ def _tiny_wan(graph: Graph) -> None:
     numbers = {"steps": 20, "cfg": 3.0, "sampler_name": "euler", "shift": 3.0, "fps": 8.0}
     _sample(graph, (2020, 60), (lora, "model"), prompt, (encoders, "vae"), prefix="video/with_lora", title="with the LoRA", **numbers)
     _sample(graph, (2020, 560), (model, "model"), prompt, (encoders, "vae"), prefix="video/without", title="without", **numbers)
-    graph.group("Step 4 - Use it", 1640, 0, 2740, 1040)
+    graph.group("Step 4 - Use it", 1640, 0, 3120, 1060)
 
 
 def _sample(
@@ -216,8 +216,8 @@ def _sample(
     video = graph.node("CreateVideo", (left + 360, top + 110), (320, 78), fps=fps, wires={"images": (decoded, "IMAGE")})
     graph.node(
         "SaveVideo",
-        (left + 360, top + 250),
-        (320, 200),
+        (left + 720, top),
+        (340, 460),
         filename_prefix=prefix,
         title=f"Save Video{behind}",
         wires={"video": (video, "VIDEO")},
