@@ -74,7 +74,7 @@ def _wan21_train(graph: Graph) -> None:
     )
     encoders = graph.node("VideoTrainer_LoadEncoders", (0, 420), (380, None), wires={"base": (base, "base")})
     graph.group("Step 1 - Model", -20, 0, 400, 560)
-    clips = graph.node("VideoTrainer_DatasetFromFolder", (440, 60), (400, 300), held_out=0.1)
+    clips = graph.node("VideoTrainer_DatasetFromFolder", (440, 60), (400, 300), folder="my_clips", held_out=0.1)
     looked_at = graph.node("VideoTrainer_InspectDataset", (440, 420), (400, 640), max_clips=4, wires={"dataset": (clips, "dataset")})
     graph.group("Step 2 - Your clips", 420, 0, 860, 1080)
     size = {"width": 480, "height": 480, "num_frames": 33}
@@ -227,8 +227,8 @@ def _sample(
 WAN21_TRAIN_NOTE = """
 ## Train a LoRA for Wan 2.1
 
-1. **Clips**: put a folder of videos or images into ComfyUI's `input` folder, each with a caption of the same name beside it
-   (`kitten.mp4`, `kitten.txt`). Press **R** to refresh, then choose the folder in *Step 2*.
+1. **Clips**: put videos or images into a folder `my_clips` in ComfyUI's `input` folder, each with its caption beside it
+   (`kitten.mp4`, `kitten.txt`), and press **R**. Or choose another folder in *Step 2*.
 2. **Name** your LoRA in *Step 4*.
 3. Press **Run**. Clips and captions are encoded once (the queue waits for that); then training starts in the background and
    the queue is free again.
