@@ -281,7 +281,7 @@ def _rejected_lines(rejected: Sequence[tuple[str, str]]) -> list[str]:
         return []
     more = len(rejected) - _SHOWN_REJECTED
     lines = [f"{Path(name).as_posix()}: {reason}" for name, reason in rejected[:_SHOWN_REJECTED]]
-    return [f"{len(rejected)} are not used:", *lines, *([f"and {more} more"] if more > 0 else [])]
+    return [f"Not used ({len(rejected)}):", *lines, *([f"and {more} more"] if more > 0 else [])]
 
 
 NODES = [EncodeDataset, Previews]

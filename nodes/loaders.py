@@ -15,18 +15,18 @@ from ..trainers.content_hash import content_hash
 from ..trainers.transformers_folder import TransformersFolder
 from . import host
 from .models import chosen_path
+from .prompt import Prompt, class_of, inputs_of, is_link
 from .schema import PREFIX
 
 _LOAD_ENCODERS, _BASE_MODEL = f"{PREFIX}LoadEncoders", f"{PREFIX}BaseModel"
 
-Prompt = Mapping[str, Any]
 Widgets = Mapping[str, Any]
 
 
 def fingerprint(prompt: Prompt | None, node_id: str, input_id: str) -> str | None:
     """A hash of what an input of a node is wired to; None when that is no known loader."""
-    link = _inputs(prompt, node_id).get(input_id)
-    source = _source(prompt, link[0]) if prompt and _is_link(link) else None
+    link = inputs_of(prompt, node_id).get(input_id)
+    source = _source(prompt, link[0]) if prompt and is_link(link) else None
     if source is None:
         return None
     class_type, widgets = source
@@ -55,23 +55,14 @@ def _journal() -> Path:
     return host.state_folder() / "loaders.jsonl"
 
 
-def _inputs(prompt: Prompt | None, node_id: str) -> Widgets:
-    return dict((prompt or {}).get(node_id, {}).get("inputs", {}))
-
-
-def _is_link(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str)
-
-
 def _source(prompt: Prompt, node_id: str) -> tuple[str, Widgets] | None:
     """The node whose widgets name the files of a loader: the loader itself, or the Base Model before Load Encoders."""
-    class_type = prompt.get(node_id, {}).get("class_type")
-    widgets = _inputs(prompt, node_id)
+    class_type, widgets = class_of(prompt, node_id), inputs_of(prompt, node_id)
     if class_type == _LOAD_ENCODERS:
         link = widgets.get("base")
-        return _source(prompt, link[0]) if _is_link(link) else None
+        return _source(prompt, link[0]) if is_link(link) else None
     known = class_type == _BASE_MODEL or (class_type in _FILES and host.is_core_node(class_type))
-    return (class_type, widgets) if known and not any(_is_link(value) for value in widgets.values()) else None
+    return (class_type, widgets) if known and not any(is_link(value) for value in widgets.values()) else None
 
 
 def _base_files(widgets: Widgets) -> Iterator[Path | None]:

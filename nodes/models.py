@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..trainers.checkpoint import Checkpoint
 from ..trainers.errors import CheckpointError, Problem
 from ..trainers.family import Detection, detect, families
 from . import host, native
+from .prompt import wired_outputs
 from .records import BASE, Base
 from .schema import ADVANCED, schema
 
@@ -124,14 +126,15 @@ class LoadTransformer(io.ComfyNode):
                 io.Model.Output("model", tooltip="The model, for ComfyUI's samplers."),
                 io.Model.Output("model_low_noise", tooltip="The low-noise expert, of models that have two (Wan 2.2 A14B)."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, base: Base, weight_dtype: str = "default") -> io.NodeOutput:
+        paths = {"transformer": base.transformer, "transformer_low_noise": base.transformer_low_noise}
         family, options = families()[base.family], native.WEIGHT_DTYPES[weight_dtype]
-        paths = (base.transformer, base.transformer_low_noise)
-        low = host.blocked("This base model has no low-noise expert. Choose one in Base Model, or leave model_low_noise unconnected.")
-        return io.NodeOutput(*(native.load_transformer(Path(path), family, options) if path else low for path in paths))
+        nothing = _nothing(cls.hidden, paths)
+        return io.NodeOutput(*(native.load_transformer(Path(path), family, options) if path else nothing for path in paths.values()))
 
 
 class LoadEncoders(io.ComfyNode):
@@ -150,21 +153,32 @@ class LoadEncoders(io.ComfyNode):
                 io.Vae.Output("vae", tooltip="The VAE."),
                 io.ClipVision.Output("clip_vision", tooltip="The image encoder, for models that have one."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, base: Base) -> io.NodeOutput:
         family = families()[base.family]
         texts = [Path(path) for path in base.text_encoders]
+        nothing = _nothing(cls.hidden, {"text_encoder": texts, "vae": base.vae, "clip_vision": base.clip_vision})
         return io.NodeOutput(
-            native.load_text_encoders(texts, family) if texts else _not_chosen("text encoder"),
-            native.load_vae(Path(base.vae), family) if base.vae else _not_chosen("VAE"),
-            native.load_clip_vision(Path(base.clip_vision)) if base.clip_vision else _not_chosen("image encoder (clip_vision)"),
+            native.load_text_encoders(texts, family) if texts else nothing,
+            native.load_vae(Path(base.vae), family) if base.vae else nothing,
+            native.load_clip_vision(Path(base.clip_vision)) if base.clip_vision else nothing,
         )
 
 
-def _not_chosen(what: str) -> Any:
-    return host.blocked(f"No {what} is chosen in Base Model. Choose one there, or wire another loader to this input.")
+def _nothing(hidden: Any, chosen: Mapping[str, object]) -> Any:
+    """What an output gives for which no file is `chosen`, given for each output in order.
+
+    Raises CheckpointError, before anything is loaded, when a node is wired to one.
+    """
+    wired = wired_outputs(hidden.prompt, str(hidden.unique_id))
+    rule, remedy = "a node is wired to its output", "Choose one in Base Model, or wire that node to another loader."
+    missing = [name for index, (name, file) in enumerate(chosen.items()) if index in wired and not file]
+    if missing:
+        raise CheckpointError([Problem(f"no {name} is chosen", rule, remedy) for name in missing])
+    return host.blocked(f"No file is chosen for this output. {remedy}")
 
 
 _LISTS = {

@@ -54,17 +54,17 @@ def _velocity(modules: Modules, base: Mapping[str, Any], inputs: str, output: st
 def _model(modules: Modules, base: Mapping[str, Any], weight_dtype: str | None) -> Any:
     """What LoadTransformer gives; without `weight_dtype` in float32."""
     if weight_dtype is not None:
-        return modules("nodes.models").LoadTransformer.execute(_base(modules, base), weight_dtype).args[0]
+        return _run(modules, "LoadTransformer", base, weight_dtype)[0]
     family = modules("trainers.family").families()[base["family"]]
     return modules("nodes.native").load_transformer(Path(base["transformer"]), family, {"dtype": torch.float32})
 
 
 def _weights(modules: Modules, base: Mapping[str, Any], output: str) -> Any:
     """The state dict of the MODEL and VAE of a base, as they were loaded."""
-    model = modules("nodes.models").LoadTransformer.execute(_base(modules, base)).args[0]
+    model = _run(modules, "LoadTransformer", base)[0]
     state = {f"model.{name}": tensor for name, tensor in model.model.diffusion_model.state_dict().items()}
     if base.get("vae"):
-        vae = modules("nodes.models").LoadEncoders.execute(_base(modules, base)).args[1]
+        vae = _run(modules, "LoadEncoders", base)[1]
         state |= {f"vae.{name}": tensor for name, tensor in vae.first_stage_model.state_dict().items()}
     save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, output)
     return len(state)
@@ -74,7 +74,7 @@ def _encode(modules: Modules, base: Mapping[str, Any], pixels: str, prompts: lis
     """Latents and text by the graph's encoder, and what ComfyUI's own nodes give for the same prompts without escapes."""
     import nodes
 
-    clip, vae, _ = modules("nodes.models").LoadEncoders.execute(_base(modules, base)).args
+    clip, vae, _ = _run(modules, "LoadEncoders", base)
     encoder = modules("nodes.graph_encoder").GraphEncoder(_base(modules, base), vae, clip)
     found = {"latents": encoder.encode_video(load_file(pixels)["pixels_BCFHW"]).contiguous()}
     for index, record in enumerate(encoder.encode_text(prompts)):
@@ -88,7 +88,7 @@ def _encode(modules: Modules, base: Mapping[str, Any], pixels: str, prompts: lis
 def _refusal(modules: Modules, base: Mapping[str, Any]) -> str:
     """What LoadEncoders says about a base that it cannot load."""
     try:
-        modules("nodes.models").LoadEncoders.execute(_base(modules, base))
+        _run(modules, "LoadEncoders", base)
     except modules("trainers.errors").CheckpointError as error:
         return str(error)
     return ""
@@ -143,8 +143,14 @@ def _identities(modules: Modules, base: Mapping[str, Any]) -> Any:
 
 
 def _encoders(modules: Modules, base: Mapping[str, Any]) -> tuple[Any, Any]:
-    clip, vae, _ = modules("nodes.models").LoadEncoders.execute(_base(modules, base)).args
+    clip, vae, _ = _run(modules, "LoadEncoders", base)
     return vae, clip
+
+
+def _run(modules: Modules, node: str, base: Mapping[str, Any], *more: Any) -> tuple[Any, ...]:
+    """What a node of `nodes.models` gives outside of any graph."""
+    prepared = getattr(modules("nodes.models"), node).PREPARE_CLASS_CLONE(None)
+    return prepared.execute(_base(modules, base), *more).args
 
 
 def _base(modules: Modules, values: Mapping[str, Any]) -> Any:
