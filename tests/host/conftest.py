@@ -36,7 +36,7 @@ def comfyui() -> ComfyUI:
 
 
 @pytest.fixture(scope="session")
-def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Workers of these tests wait for no run outside them: there is one lock per device and temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("temporary")))
@@ -44,7 +44,7 @@ def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(scope="session")
-def make_server(comfyui: ComfyUI, _own_temporary_folder: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+def make_server(comfyui: ComfyUI, own_temporary_folder: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Starts one more ComfyUI, with a base directory of its own: `make_server(*flags, packs={folder name: folder})`."""
     with ExitStack() as started:
 
