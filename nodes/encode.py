@@ -80,10 +80,9 @@ class EncodeDataset(io.ComfyNode):
 
     @classmethod
     def check_lazy_status(cls, dataset: Dataset, base: Base, vae: Any = None, clip: Any = None, **values: Any) -> list[str]:
-        encoder = GraphEncoder(base)
-        plan = plan_windows(dataset, _geometry(values), encoder.latent)
         known, cache = _known(cls.hidden), _cache()
         encoder = GraphEncoder(base, known=known)
+        plan = plan_windows(dataset, _geometry(values), encoder.latent)
         needed = []
         if known.vae is None or not all_latents_cached(plan, encoder.identity_vae, cache):
             needed.append("vae")
@@ -101,8 +100,7 @@ class EncodeDataset(io.ComfyNode):
         )
         if report.encoded is None:
             raise host.Interrupted
-        encoded = report.encoded
-        text = _told(report)
+        encoded, text = report.encoded, _told(report)
         record = EncodedData(str(encoded.folder), encoded.identity, encoded.family, encoded.variant, len(encoded.items))
         return io.NodeOutput(record, text, ui=ui.PreviewText(text))
 

@@ -19,7 +19,7 @@ from ..trainers.encoders import Cancelled
 from ..trainers.family import LatentSpec, TextRecord, family_of
 from . import host
 from .identity import identity_of_clip, identity_of_vae
-from .native import latent_format
+from .native import check_parts, latent_format
 from .records import Base
 
 
@@ -32,10 +32,14 @@ class Known:
 
 
 class GraphEncoder:
-    """An `Encoder` (trainers.encoders) of ComfyUI's objects; one that is None must be known and is never used."""
+    """An `Encoder` (trainers.encoders) of ComfyUI's objects; one that is None must be known and is never used.
+
+    Raises CheckpointError for objects of another family.
+    """
 
     def __init__(self, base: Base, vae: Any = None, clip: Any = None, known: Known = Known()) -> None:
         family, variant = family_of(base.variant)
+        check_parts(family, vae, clip)
         self.family_id = family.id
         self.variant_id = variant.id
         self.latent: LatentSpec = family.latent(variant)
@@ -62,8 +66,7 @@ class GraphEncoder:
 
     def encode_video(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
         """See Encoder. ComfyUI's VAE takes one clip as (F, H, W, C) in 0..1; the sampler's normalisation follows."""
-        if self._vae is None:
-            raise RuntimeError("A clip has changed while it was looked up. Press Run again.")
+        assert self._vae is not None, "a clip has changed while it was looked up: press Run again"
         pixels_FHWC = pixels_BCFHW[0].permute(1, 2, 3, 0).add(1.0).div(2.0)
         try:
             latents_BCFHW = self._vae.encode(pixels_FHWC)
@@ -73,8 +76,7 @@ class GraphEncoder:
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextRecord]:
         """See Encoder. Rows that ComfyUI's CLIP adds as padding are cut off: the training pads by itself."""
-        if self._clip is None:
-            raise RuntimeError("A caption has changed while it was looked up. Press Run again.")
+        assert self._clip is not None, "a caption was not there a moment ago: press Run again"
         try:
             return [self._encode_one(prompt) for prompt in prompts]
         except host.Interrupted:

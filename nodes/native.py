@@ -7,6 +7,7 @@ transformers) gets native names first, by the family's own tables.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +26,22 @@ from ..trainers.load import under_native_names
 from ..trainers.tensor_files import open_tensor_file
 from ..trainers.transformers_folder import TransformersFolder
 
-# What ComfyUI calls a family's parts: the type of its text encoders, the format of its latents.
-_CLIP_TYPES = {"wan": "WAN"}
-_LATENT_FORMATS = {"wan": "Wan21"}
+
+@dataclass(frozen=True)
+class Parts:
+    """What ComfyUI calls a family's parts.
+
+    `clip_type` in `comfy.sd.CLIPType`, `latent_format` in `comfy.latent_formats`; `tokenizer` and `vaes` are names of the
+    classes that its CLIP and VAE objects are made of.
+    """
+
+    clip_type: str
+    latent_format: str
+    tokenizer: str
+    vaes: tuple[str, ...]
+
+
+PARTS = {"wan": Parts("WAN", "Wan21", "WanT5Tokenizer", ("WanVAE", "TAEHV"))}
 
 WEIGHT_DTYPES: Mapping[str, dict[str, Any]] = {
     "default": {},
@@ -45,7 +59,22 @@ State = dict[str, torch.Tensor]
 
 def latent_format(family_id: str) -> Any:
     """ComfyUI's object that knows how the family's latents are normalised."""
-    return getattr(comfy.latent_formats, _LATENT_FORMATS[family_id])()
+    return getattr(comfy.latent_formats, PARTS[family_id].latent_format)()
+
+
+def check_parts(family: Family, vae: Any = None, clip: Any = None) -> None:
+    """Raises CheckpointError when a VAE or CLIP object is not of the family; None is not looked at.
+
+    Another CLIP would do no harm that anyone sees: core's Load CLIP reads the right file as another type's without a word.
+    """
+    parts, problems = PARTS[family.id], []
+    if vae is not None and (kind := type(vae.first_stage_model).__name__) not in parts.vaes:
+        problems.append(Problem(f"the VAE is a {kind}", f"{family.title} has its own", "Wire the model's VAE, or Load Encoders."))
+    if clip is not None and (kind := type(clip.tokenizer).__name__) != parts.tokenizer:
+        remedy = f"Choose the type {parts.clip_type.lower()} in Load CLIP, or wire Load Encoders."
+        problems.append(Problem(f"the CLIP reads text with a {kind}", f"{family.title} needs a {parts.tokenizer}", remedy))
+    if problems:
+        raise CheckpointError(problems)
 
 
 def load_transformer(path: Path, family: Family, options: dict[str, Any]) -> Any:
@@ -83,7 +112,7 @@ def load_text_encoders(paths: Sequence[Path], family: Family) -> Any:
     return comfy.sd.load_clip(
         [str(file) for file in files],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=getattr(comfy.sd.CLIPType, _CLIP_TYPES[family.id]),
+        clip_type=getattr(comfy.sd.CLIPType, PARTS[family.id].clip_type),
     )
 
 

@@ -94,6 +94,20 @@ def _refusal(modules: Modules, base: Mapping[str, Any]) -> str:
     return ""
 
 
+def _misfits(modules: Modules, base: Mapping[str, Any]) -> str:
+    """What is said about a VAE and a CLIP of other models: core's pixel space, and UMT5 loaded as another type."""
+    import comfy.sd
+    from comfy.text_encoders.genmo import MochiT5Tokenizer
+
+    vae, clip = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}), comfy.sd.CLIP(no_init=True)
+    clip.tokenizer = MochiT5Tokenizer()
+    try:
+        modules("nodes.graph_encoder").GraphEncoder(_base(modules, base), vae, clip)
+    except modules("trainers.errors").CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def _escapes(modules: Modules, prompts: list[str]) -> Any:
     """For each prompt: what reaches the tokenizer when it is escaped, and with which weights."""
     from comfy.sd1_clip import escape_important, token_weights, unescape_important
@@ -175,5 +189,6 @@ _TASKS: dict[str, Callable[..., Any]] = {
     "encode": _encode,
     "escapes": _escapes,
     "refusal": _refusal,
+    "misfits": _misfits,
     "identities": _identities,
 }

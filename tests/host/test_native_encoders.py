@@ -44,17 +44,19 @@ def answers(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> dict[
     files = {"pixels": str(folder / "pixels"), "output": str(folder / "encoded")}
     (encode,) = ask(comfyui, {"task": "encode", "base": BASE, "prompts": PROMPTS, **files})
     save_file({"encoder.final_layer_norm.weight": torch.zeros(4)}, folder / "umt5.safetensors")
-    escapes, identities, refusal = ask(
+    escapes, identities, refusal, misfits = ask(
         comfyui,
         {"task": "escapes", "prompts": PROMPTS},
         {"task": "identities", "base": BASE},
         {"task": "refusal", "base": BASE | {"text_encoders": [str(folder / "umt5.safetensors")]}},
+        {"task": "misfits", "base": BASE},
     )
     return {
         **encode,
         "escapes": escapes,
         "objects": identities,
         "refusal": refusal,
+        "misfits": misfits,
         "tensors": load_file(folder / "encoded"),
         "pixels": pixels_BCFHW,
     }
@@ -131,3 +133,9 @@ def test_an_object_s_identity_is_its_content(answers: dict[str, Any]):
 def test_an_encoder_without_a_tokenizer_is_refused_with_a_remedy(answers: dict[str, Any]):
     assert answers["refusal"].startswith("umt5.safetensors has no tokenizer; ")
     assert "Choose" in answers["refusal"]
+
+
+def test_objects_of_other_models_are_refused_at_once(answers: dict[str, Any]):
+    assert "2 problems" in answers["misfits"]
+    assert "the VAE is a PixelspaceConversionVAE; Wan has its own" in answers["misfits"]
+    assert "the CLIP reads text with a MochiT5Tokenizer; Wan needs a WanT5Tokenizer. Choose the type wan" in answers["misfits"]
