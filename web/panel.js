@@ -4,7 +4,7 @@ import { element, makeCard } from "./run_card.js";
 import { ask, current, subscribe } from "./runs.js";
 
 /** Fills `container` with the list. Doing so again, or after the page has thrown the list away, is harmless. */
-export function renderPanel(container, { tell, browseTemplates }) {
+export function renderPanel(container, { tell, openGraph }) {
   if (container.querySelector(":scope > .vt-panel")) return;
   const view = {
     tell,
@@ -12,7 +12,7 @@ export function renderPanel(container, { tell, browseTemplates }) {
     count: element("span", { className: "vt-count" }),
     list: element("div", { className: "vt-list" }),
     message: element("div", { className: "vt-message" }),
-    welcome: makeWelcome(browseTemplates),
+    welcome: makeWelcome(openGraph),
   };
   const title = element("header", { className: "vt-title" }, element("span", { textContent: "Video Trainer" }), view.count);
   view.root = element("section", { className: "vt-panel" }, title, view.message, view.welcome, view.list);
@@ -62,17 +62,19 @@ function drawCards(view, ordered) {
   }
 }
 
-function makeWelcome(browseTemplates) {
-  const steps = [
-    "Open a training graph: Templates, then Video Trainer in the list on the left. The tiny Wan graph runs on any computer.",
-    "Choose your model in Base Model and your clips in Dataset From Folder.",
-    "Press Run. The training appears here and goes on in the background: you can use ComfyUI meanwhile, or close it.",
-  ];
-  return element(
+function makeWelcome(openGraph) {
+  const graph = (name, label, title) => element("button", { type: "button", textContent: label, title, onclick: () => openGraph(name) });
+  const open = element(
     "div",
-    { className: "vt-welcome" },
-    element("p", { textContent: "Nothing has been trained yet. Your first LoRA:" }),
-    element("ol", {}, ...steps.map((text) => element("li", { textContent: text }))),
-    element("button", { type: "button", textContent: "Browse templates", onclick: browseTemplates }),
+    { className: "vt-buttons" },
+    graph("wan21_train", "Wan 2.1", "For a graphics card, with model files that you have or that ComfyUI offers to download"),
+    graph("tiny_wan_train_and_sample", "Tiny Wan, to try it", "Everything comes with the pack; runs on any computer in a few minutes"),
   );
+  const steps = [
+    element("li", {}, "Open a training graph:", open),
+    element("li", {}, "Choose your model in Base Model and your clips in Dataset From Folder."),
+    element("li", {}, "Press Run. The training appears here and goes on in the background: you can use ComfyUI meanwhile, or close it."),
+  ];
+  const title = element("p", { textContent: "Nothing has been trained yet. Your first LoRA:" });
+  return element("div", { className: "vt-welcome" }, title, element("ol", {}, ...steps));
 }

@@ -3,7 +3,8 @@
 import { shareOf, stateOf } from "./words.js";
 
 const NAME = "video_trainer_report";
-const FONT_PIXELS = 12;
+const PROSE = "12px Arial, sans-serif";
+const TABLE = "10.5px Consolas, Menlo, monospace";
 const LINE_PIXELS = 17;
 const PADDING_PIXELS = 8;
 const MARGIN_PIXELS = 10; // what the page leaves free around an element in a node
@@ -21,6 +22,8 @@ export function showReport(node, app, text, run = null) {
   if (report.text === text && report.share === share && report.tone === tone) return;
   Object.assign(report, { text, share, tone });
   report.words.textContent = text;
+  report.font = /\S {2,}\S/.test(text) ? TABLE : PROSE; // columns stand below each other only where letters have one width
+  report.words.style.font = report.font.replace("px", `px/${LINE_PIXELS}px`);
   report.root.dataset.tone = tone;
   report.root.hidden = !text;
   report.bar.hidden = share === null;
@@ -66,16 +69,16 @@ function heightOf(report, nodeWidth) {
   const key = `${nodeWidth} ${report.text}`;
   if (report.measured !== key) {
     report.measured = key;
-    report.lines = Math.min(countLines(report.text, nodeWidth - 2 * (MARGIN_PIXELS + PADDING_PIXELS)), MOST_LINES);
+    report.lines = Math.min(countLines(report, nodeWidth - 2 * (MARGIN_PIXELS + PADDING_PIXELS)), MOST_LINES);
   }
   const bar = report.share === null ? 0 : LINE_PIXELS;
   return report.lines * LINE_PIXELS + 2 * (MARGIN_PIXELS + PADDING_PIXELS) + bar;
 }
 
 /** How many lines a text takes when it wraps at a width in pixels; counted, since the element may not be on the page yet. */
-function countLines(text, width) {
+function countLines({ text, font }, width) {
   pen ??= document.createElement("canvas").getContext("2d");
-  pen.font = `${FONT_PIXELS}px Arial, sans-serif`;
+  pen.font = font;
   return text.split("\n").reduce((lines, line) => lines + Math.max(1, Math.ceil((1.08 * pen.measureText(line).width) / width)), 0);
 }
 

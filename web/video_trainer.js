@@ -1,6 +1,7 @@
 // Video Trainer in the page: the tab with all runs, and reports in the nodes. The only file here that does something by itself.
 
 import { app } from "../../scripts/app.js";
+import { openGraph } from "./graphs.js";
 import { foldAdvanced } from "./more_settings.js";
 import { newsOf } from "./news.js";
 import { renderPanel } from "./panel.js";
@@ -31,7 +32,7 @@ app.registerExtension({
       title: "Video Trainer",
       tooltip: "Video Trainer",
       type: "custom",
-      render: (container) => renderPanel(container, { tell, browseTemplates }),
+      render: (container) => renderPanel(container, { tell, openGraph: open }),
     });
     subscribe((before) => {
       announce(before);
@@ -82,8 +83,12 @@ async function refreshLists() {
   refreshing = false;
 }
 
-function browseTemplates() {
-  app.extensionManager.command.execute("Comfy.BrowseTemplates");
+async function open(name) {
+  try {
+    await openGraph(app, name);
+  } catch (error) {
+    tell("error", error.message);
+  }
 }
 
 /** The number of live runs on the tab's icon. It is set on the page's own record of the tab, which the page watches. */
