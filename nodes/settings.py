@@ -25,7 +25,7 @@ class Setting:
 
 def settings() -> tuple[Setting, ...]:
     """Every setting, the main ones first."""
-    return (*_main(), *_advanced())
+    return (*_main(), *_length(), *_adapter(), *_optimizer(), *_noise(), *_keeping(), *_machine(), *_start())
 
 
 def job_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,243 +103,225 @@ def _main() -> tuple[Setting, ...]:
     )
 
 
-def _advanced() -> tuple[Setting, ...]:
+def _folded(field: str, kind: Any, id: str, unset: Any = None, **more: Any) -> Setting:
+    """A setting that most people leave alone."""
+    return Setting(field, kind.Input(id, optional=True, extra_dict=ADVANCED, **more), unset)
+
+
+def _length() -> tuple[Setting, ...]:
+    """How long, and in which portions."""
     return (
-        Setting(
+        _folded(
             "epochs",
-            io.Int.Input(
-                "epochs",
-                default=0,
-                min=0,
-                max=100_000,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Passes over the data set instead of `steps`. 0: train `steps` steps.",
-            ),
+            io.Int,
+            "epochs",
+            default=0,
+            min=0,
+            max=100_000,
+            tooltip="Passes over the data set instead of `steps`. 0: train `steps` steps.",
             unset=0,
         ),
-        Setting(
+        _folded(
             "accumulation",
-            io.Int.Input(
-                "accumulation",
-                default=1,
-                min=1,
-                max=1024,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Forward passes per step: a larger batch without more memory, in more time.",
-            ),
+            io.Int,
+            "accumulation",
+            default=1,
+            min=1,
+            max=1024,
+            tooltip="Forward passes per step: a larger batch without more memory, in more time.",
         ),
-        Setting(
+    )
+
+
+def _adapter() -> tuple[Setting, ...]:
+    """The shape of the LoRA."""
+    return (
+        _folded(
             "lora.alpha",
-            io.Float.Input(
-                "alpha",
-                default=0.0,
-                min=0.0,
-                max=4096.0,
-                step=1.0,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Strength of the LoRA is alpha / rank. 0: as the rank, strength 1.",
-            ),
+            io.Float,
+            "alpha",
+            default=0.0,
+            min=0.0,
+            max=4096.0,
+            step=1.0,
+            tooltip="Strength of the LoRA is alpha / rank. 0: as the rank, strength 1.",
             unset=0,
         ),
-        Setting(
+        _folded(
             "lora.targets",
-            io.Combo.Input(
-                "targets",
-                ["attention+feed_forward", "attention"],
-                default="attention+feed_forward",
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Which layers learn. Attention alone gives smaller files that change less.",
-            ),
+            io.Combo,
+            "targets",
+            options=["attention+feed_forward", "attention"],
+            default="attention+feed_forward",
+            tooltip="Which layers learn. Attention alone gives smaller files that change less.",
         ),
-        Setting(
+        _folded(
             "lora.dropout",
-            io.Float.Input(
-                "lora_dropout",
-                default=0.0,
-                min=0.0,
-                max=0.95,
-                step=0.05,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Share of a layer's inputs that the LoRA does not see in a step. 0.1 can help with very few clips.",
-            ),
+            io.Float,
+            "lora_dropout",
+            default=0.0,
+            min=0.0,
+            max=0.95,
+            step=0.05,
+            tooltip="Share of a layer's inputs that the LoRA does not see in a step. 0.1 can help with very few clips.",
         ),
-        Setting(
+    )
+
+
+def _optimizer() -> tuple[Setting, ...]:
+    """How its weights move."""
+    return (
+        _folded(
             "optimizer.kind",
-            io.Combo.Input(
-                "optimizer",
-                ["adamw", "adamw8bit", "prodigy"],
-                default="adamw",
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="adamw8bit needs the package bitsandbytes and less memory; prodigy needs prodigyopt and finds the rate itself.",
-            ),
+            io.Combo,
+            "optimizer",
+            options=["adamw", "adamw8bit", "prodigy"],
+            default="adamw",
+            tooltip="adamw8bit needs the package bitsandbytes and less memory; prodigy needs prodigyopt and finds the rate itself.",
         ),
-        Setting(
+        _folded(
             "optimizer.schedule",
-            io.Combo.Input(
-                "schedule",
-                ["constant", "linear", "cosine"],
-                default="constant",
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="The learning rate after the warm-up: constant, or down to zero at the last step.",
-            ),
+            io.Combo,
+            "schedule",
+            options=["constant", "linear", "cosine"],
+            default="constant",
+            tooltip="The learning rate after the warm-up: constant, or down to zero at the last step.",
         ),
-        Setting(
+        _folded(
             "optimizer.warmup_steps",
-            io.Int.Input(
-                "warmup_steps",
-                default=0,
-                min=0,
-                max=100_000,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Steps in which the learning rate rises from zero.",
-            ),
+            io.Int,
+            "warmup_steps",
+            default=0,
+            min=0,
+            max=100_000,
+            tooltip="Steps in which the learning rate rises from zero.",
         ),
-        Setting(
+        _folded(
             "optimizer.weight_decay",
-            io.Float.Input(
-                "weight_decay",
-                default=0.01,
-                min=0.0,
-                max=1.0,
-                step=0.01,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Pull of the LoRA's weights towards zero.",
-            ),
+            io.Float,
+            "weight_decay",
+            default=0.01,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Pull of the LoRA's weights towards zero.",
         ),
-        Setting(
+    )
+
+
+def _noise() -> tuple[Setting, ...]:
+    """What is drawn for each sample."""
+    return (
+        _folded(
             "noise.distribution",
-            io.Combo.Input(
-                "noise",
-                ["logit_normal", "uniform", "shift"],
-                default="logit_normal",
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Which noise levels are trained: the middle ones most, all alike, or moved by `noise_shift`. "
-                "High levels decide motion and layout, low ones detail.",
-            ),
+            io.Combo,
+            "noise",
+            options=["logit_normal", "uniform", "shift"],
+            default="logit_normal",
+            tooltip="Which noise levels are trained: the middle ones most, all alike, or moved by `noise_shift`. "
+            "High levels decide motion and layout, low ones detail.",
         ),
-        Setting(
+        _folded(
             "noise.shift",
-            io.Float.Input(
-                "noise_shift",
-                default=3.0,
-                min=0.01,
-                max=100.0,
-                step=0.5,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="For the noise `shift`: above 1 trains the high levels more.",
-            ),
+            io.Float,
+            "noise_shift",
+            default=3.0,
+            min=0.01,
+            max=100.0,
+            step=0.5,
+            tooltip="For the noise `shift`: above 1 trains the high levels more.",
         ),
-        Setting(
+        _folded(
             "caption_dropout",
-            io.Float.Input(
-                "caption_dropout",
-                default=0.1,
-                min=0.0,
-                max=1.0,
-                step=0.05,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="How often a clip is trained without its caption, which keeps guidance working.",
-            ),
+            io.Float,
+            "caption_dropout",
+            default=0.1,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="How often a clip is trained without its caption, which keeps guidance working.",
         ),
-        Setting(
+    )
+
+
+def _keeping() -> tuple[Setting, ...]:
+    """What is measured and kept on the way."""
+    return (
+        _folded(
             "held_out.every_steps",
-            io.Int.Input(
-                "held_out_every",
-                default=100,
-                min=0,
-                max=1_000_000,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Steps between two measurements of the loss on the clips that the data set holds out. 0: never.",
-            ),
+            io.Int,
+            "held_out_every",
+            default=100,
+            min=0,
+            max=1_000_000,
+            tooltip="Steps between two measurements of the loss on the clips that the data set holds out. 0: never.",
         ),
-        Setting(
+        _folded(
             "checkpoints.keep_last",
-            io.Int.Input(
-                "keep_last",
-                default=3,
-                min=1,
-                max=10_000,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="How many checkpoints stay for going on. LoRA files are never deleted.",
-            ),
+            io.Int,
+            "keep_last",
+            default=3,
+            min=1,
+            max=10_000,
+            tooltip="How many checkpoints stay for going on. LoRA files are never deleted.",
         ),
-        Setting(
+    )
+
+
+def _machine() -> tuple[Setting, ...]:
+    """What it runs on."""
+    return (
+        _folded(
             "gradient_checkpointing",
-            io.Boolean.Input(
-                "gradient_checkpointing",
-                default=True,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Compute each block twice to need a fraction of the memory. About a third slower.",
-            ),
+            io.Boolean,
+            "gradient_checkpointing",
+            default=True,
+            tooltip="Compute each block twice to need a fraction of the memory. About a third slower.",
         ),
-        Setting(
+        _folded(
             "precision",
-            io.Combo.Input(
-                "precision",
-                ["auto", "bf16", "fp16", "fp32"],
-                default="auto",
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="What the model computes in. auto: bf16 where the card has it.",
-            ),
+            io.Combo,
+            "precision",
+            options=["auto", "bf16", "fp16", "fp32"],
+            default="auto",
+            tooltip="What the model computes in. auto: bf16 where the card has it.",
         ),
-        Setting(
+        _folded(
             "device",
-            io.Combo.Input(
-                "device",
-                ["auto", "cpu", "cuda:0", "cuda:1", "cuda:2", "cuda:3"],
-                default="auto",
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="Where to train. auto: the first CUDA card. Runs on one card wait for each other.",
-            ),
+            io.Combo,
+            "device",
+            options=["auto", "cpu", "cuda:0", "cuda:1", "cuda:2", "cuda:3"],
+            default="auto",
+            tooltip="Where to train. auto: the first CUDA card. Runs on one card wait for each other.",
         ),
-        Setting(
+        _folded(
             "deterministic",
-            io.Boolean.Input(
-                "deterministic",
-                default=False,
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="The same bits every time on a CUDA card too, where PyTorch can; slower.",
-            ),
+            io.Boolean,
+            "deterministic",
+            default=False,
+            tooltip="The same bits every time on a CUDA card too, where PyTorch can; slower.",
         ),
-        Setting(
+    )
+
+
+def _start() -> tuple[Setting, ...]:
+    """Where it starts when not from nothing."""
+    return (
+        _folded(
             "start.initial_lora",
-            io.String.Input(
-                "initial_lora",
-                default="",
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip="A LoRA file to start from, as a LoRA loader lists it or as a full path. Its rank must be the same.",
-            ),
+            io.String,
+            "initial_lora",
+            default="",
+            tooltip="A LoRA file to start from, as a LoRA loader lists it or as a full path. Its rank must be the same.",
             unset="",
         ),
-        Setting(
+        _folded(
             "start.extends",
-            io.String.Input(
-                "extends",
-                default="",
-                optional=True,
-                extra_dict=ADVANCED,
-                tooltip='Go on exactly where another run was, with its optimizer: "kitten@2000" for step 2000 of the run kitten. '
-                "`steps` counts from the beginning of that run.",
-            ),
+            io.String,
+            "extends",
+            default="",
+            tooltip='Go on exactly where another run was, with its optimizer: "kitten@2000" for step 2000 of the run kitten. '
+            "`steps` counts from the beginning of that run.",
             unset="",
         ),
     )

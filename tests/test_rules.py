@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TRAINERS = sorted((ROOT / "trainers").rglob("*.py"))
+NODES = sorted((ROOT / "nodes").glob("*.py"))
 ENTRIES = {"trainers/worker.py", "trainers/__main__.py"}  # started by path: they cannot import relatively
 COMFY = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server", "execution", "node_helpers"}
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "cv2", "bitsandbytes", "prodigyopt"}
@@ -76,8 +77,8 @@ def test_imports_of_a_trainer_module(path):
             assert allowed, f"{_name(path)} imports {module}; offload knows only torch and itself"
 
 
-@pytest.mark.parametrize("path", TRAINERS, ids=_name)
-def test_a_trainer_module_can_be_read_at_a_sitting(path):
+@pytest.mark.parametrize("path", TRAINERS + NODES, ids=_name)
+def test_a_module_can_be_read_at_a_sitting(path):
     text = path.read_text("utf-8")
     assert text.count("\n") <= LONGEST_FILE
     for node in ast.walk(ast.parse(text)):
@@ -183,8 +184,9 @@ def test_the_project_file_names_what_is_there():
 
 def test_the_readme_names_files_that_are_there():
     text = (ROOT / "README.md").read_text("utf-8")
-    there = {path.name for path in TRAINERS} | {"__init__.py"}
+    there = {path.name for path in TRAINERS + NODES} | {"__init__.py"}
     named = set(re.findall(r"\b(\w+\.py)\b", text))
     assert named <= there
     top = {_name(path) for path in TRAINERS if path.parent == ROOT / "trainers"} - {"trainers/__init__.py", "trainers/__main__.py"}
+    top |= {_name(path) for path in NODES} - {"nodes/__init__.py"}
     assert {name for name in top if Path(name).stem not in text} == set()
