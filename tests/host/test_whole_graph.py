@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from comfy_server import Server
+from graphs import Graph, base_graph, node, training_graph
 
 from trainers.demo import demo
 from trainers.demo.score import Asked, score_clip, summarise
@@ -17,70 +18,22 @@ from trainers.demo.videos import Models, read_videos, sample_videos
 from trainers.demo.world import NUM_FRAMES, SIDE
 from trainers.run import Run
 
-TINY, SHAPES = "tiny Wan (built in)", "moving shapes (built in)"
 NAME = "diagonally"
 CAPTIONS = demo.asked_captions()[: demo.CONCEPT_VIDEOS]
-
-Graph = dict[str, dict[str, Any]]
-
-
-def _node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
-
-
-def _base() -> Graph:
-    return {
-        "base": _node("VideoTrainer_BaseModel", transformer=TINY, variant="read from the file", vae=TINY, text_encoder=TINY),
-        "encoders": _node("VideoTrainer_LoadEncoders", base=["base", 0]),
-    }
-
-
-def training_graph(**settings: Any) -> Graph:
-    """The demo's training, as a graph."""
-    geometry = {"width": SIDE, "height": SIDE, "num_frames": NUM_FRAMES, "fps": 0.0, "bucketing": True}
-    settings = {
-        "name": NAME,
-        "trigger_words": "diagonally",
-        "steps": demo.STEPS,
-        "rank": demo.RANK,
-        "learning_rate": demo.LEARNING_RATE,
-        "batch_size": demo.BATCH_SIZE,
-        "save_every": 50,
-        "seed": 0,
-        "warmup_steps": 10,
-        "noise": "shift",
-        "held_out_every": 50,
-        "gradient_checkpointing": False,
-        **settings,
-    }
-    return _base() | {
-        "clips": _node("VideoTrainer_DatasetFromFolder", folder=SHAPES, path="", repeats=1, held_out=0.1),
-        "encoded": _node(
-            "VideoTrainer_EncodeDataset",
-            dataset=["clips", 0],
-            base=["base", 0],
-            clip=["encoders", 0],
-            vae=["encoders", 1],
-            clip_mode="first",
-            clips_per_video=0,
-            **geometry,
-        ),
-        "train": _node("VideoTrainer_TrainLoRA", base=["base", 0], encoded=["encoded", 0], **settings),
-    }
 
 
 def sampling_graph(lora_name: str) -> Graph:
     """A video of every caption through ComfyUI's own nodes."""
-    graph = _base() | {
-        "model": _node("VideoTrainer_LoadTransformer", base=["base", 0], weight_dtype="default"),
-        "lora": _node("LoraLoaderModelOnly", model=["model", 0], lora_name=lora_name, strength_model=1.0),
-        "shifted": _node("ModelSamplingSD3", model=["lora", 0], shift=3.0),
-        "negative": _node("CLIPTextEncode", clip=["encoders", 0], text=""),
-        "empty": _node("EmptyHunyuanLatentVideo", width=SIDE, height=SIDE, length=NUM_FRAMES, batch_size=1),
+    graph = base_graph() | {
+        "model": node("VideoTrainer_LoadTransformer", base=["base", 0], weight_dtype="default"),
+        "lora": node("LoraLoaderModelOnly", model=["model", 0], lora_name=lora_name, strength_model=1.0),
+        "shifted": node("ModelSamplingSD3", model=["lora", 0], shift=3.0),
+        "negative": node("CLIPTextEncode", clip=["encoders", 0], text=""),
+        "empty": node("EmptyHunyuanLatentVideo", width=SIDE, height=SIDE, length=NUM_FRAMES, batch_size=1),
     }
     for i, caption in enumerate(CAPTIONS):
-        graph[f"positive{i}"] = _node("CLIPTextEncode", clip=["encoders", 0], text=caption)
-        graph[f"sampled{i}"] = _node(
+        graph[f"positive{i}"] = node("CLIPTextEncode", clip=["encoders", 0], text=caption)
+        graph[f"sampled{i}"] = node(
             "KSampler",
             model=["shifted", 0],
             positive=[f"positive{i}", 0],
@@ -93,9 +46,9 @@ def sampling_graph(lora_name: str) -> Graph:
             scheduler="simple",
             denoise=1.0,
         )
-        graph[f"images{i}"] = _node("VAEDecode", samples=[f"sampled{i}", 0], vae=["encoders", 1])
-        graph[f"video{i}"] = _node("CreateVideo", images=[f"images{i}", 0], fps=8.0)
-        graph[f"saved{i}"] = _node("SaveVideo", video=[f"video{i}", 0], filename_prefix=f"whole_graph/{i:03d}", format="mp4", codec="h264")
+        graph[f"images{i}"] = node("VAEDecode", samples=[f"sampled{i}", 0], vae=["encoders", 1])
+        graph[f"video{i}"] = node("CreateVideo", images=[f"images{i}", 0], fps=8.0)
+        graph[f"saved{i}"] = node("SaveVideo", video=[f"video{i}", 0], filename_prefix=f"whole_graph/{i:03d}", format="mp4", codec="h264")
     return graph
 
 
@@ -124,7 +77,7 @@ def story(make_server: Callable[..., Server]) -> Story:
     returned_seconds = time.monotonic() - started
     run = _run(server, NAME)
     _until(lambda: run.status().step >= 2)
-    server.prompt({"other": _node("EmptyHunyuanLatentVideo", width=64, height=64, length=9, batch_size=1), "shown": _shown("other")})
+    server.prompt({"other": node("EmptyHunyuanLatentVideo", width=64, height=64, length=9, batch_size=1), "shown": _shown("other")})
     other = run.live and run.status().state == "training"
     server.kill()
     before = run.status().step
@@ -142,7 +95,7 @@ def story(make_server: Callable[..., Server]) -> Story:
 
 
 def _shown(name: str) -> dict[str, Any]:
-    return _node("PreviewAny", source=[name, 0])
+    return node("PreviewAny", source=[name, 0])
 
 
 def _run(server: Server, name: str) -> Run:

@@ -1,0 +1,187 @@
+"""Train LoRA, Wait For Run and Apply LoRA in a running ComfyUI: what they say, and what they refuse."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_server import GraphError, Server
+from graphs import base_graph, node, training_graph
+from installation import ComfyUI
+
+from trainers.demo import demo, world
+from trainers.lora_format import read_lora, write_lora
+from trainers.run import Run
+
+QUICK = {"batch_size": 1, "rank": 2, "held_out_every": 0, "save_every": 5}
+
+
+@pytest.fixture(scope="module")
+def runs(server: Server) -> Callable[[str], Run]:
+    return lambda name: Run.open(server.base_directory / "user" / "__video_trainer" / "runs" / name)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips of their own, so that no other test has encoded them."""
+    folder = tmp_path_factory.mktemp("clips")
+    world.write_clips(folder, world.random_scenes(3, seed=77))
+    return folder
+
+
+def until(true: Callable[[], bool], patience_seconds: float = 120) -> None:
+    give_up = time.monotonic() + patience_seconds
+    while not true():
+        assert time.monotonic() < give_up, f"not within {patience_seconds:.0f} s"
+        time.sleep(0.1)
+
+
+def waiting(graph: dict) -> dict:
+    return graph | {"wait": node("VideoTrainer_WaitForRun", run=["train", 0])}
+
+
+def test_settings_have_the_defaults_of_a_job(comfyui: ComfyUI):
+    wrong = comfyui.call("settings_of_a_job.py")
+    assert wrong == {}
+
+
+def test_wait_for_run_gives_the_lora_and_its_losses(server: Server, runs, clips: Path):
+    graph = waiting(training_graph(str(clips), steps=10, name="waited", **QUICK))
+    graph |= {"plot": node("PreviewImage", images=["wait", 3]), "file": node("PreviewAny", source=["wait", 2])}
+    graph |= {
+        "model": node("VideoTrainer_LoadTransformer", base=["base", 0], weight_dtype="default"),
+        "loaded": node("LoraModelLoader", model=["model", 0], lora=["wait", 0], strength_model=1.0),
+        "patched": node("VideoTrainer_ApplyLoRA", model=["model", 0], lora="none", strength=1.0, strength_low_noise=1.0, run=["wait", 4]),
+        "shown": node("PreviewAny", source=["loaded", 0]),
+        "also shown": node("PreviewAny", source=["patched", 0]),
+    }
+    outputs = server.prompt(graph)["outputs"]
+    assert outputs["file"]["text"] == ["waited/waited-000010.safetensors"]
+    assert outputs["plot"]["images"]
+    assert "40 of 40 layers matched" in outputs["patched"]["text"][0]
+    assert "lora key not loaded" not in server.log
+    assert runs("waited").status().state == "done"
+
+    again = server.prompt(graph)["outputs"]
+    assert "was trained already" in again["train"]["text"][0]
+    assert len(list((server.base_directory / "output" / "loras" / "waited").iterdir())) == 2
+    assert not (runs("waited").folder.parent / "waited-2").exists()
+
+
+def test_cancelling_the_wait_leaves_the_run_alone(server: Server, runs, clips: Path):
+    waits = server.queue(waiting(training_graph(str(clips), steps=100_000, name="long", **QUICK)))
+    folder = server.base_directory / "user" / "__video_trainer" / "runs" / "long"
+    until(lambda: folder.is_dir() and runs("long").status().step >= 1)
+    server.interrupt()
+    with pytest.raises(GraphError, match="execution_interrupted"):
+        server.wait(waits)
+    step = runs("long").status().step
+    until(lambda: runs("long").status().step > step)
+    assert server.post("/video_trainer/runs/long/stop")["told"]
+    until(lambda: not runs("long").live)
+    assert runs("long").status().state == "stopped"
+    told = server.prompt(training_graph(str(clips), steps=100_000, name="long", **QUICK))["outputs"]["train"]["text"][0]
+    assert "goes on in the background" in told
+    server.post("/video_trainer/runs/long/stop")
+    until(lambda: not runs("long").live)
+
+
+def test_another_setting_is_another_run(server: Server, runs, clips: Path):
+    server.prompt(waiting(training_graph(str(clips), steps=1, name="twice", **QUICK)))
+    told = server.prompt(waiting(training_graph(str(clips), steps=2, name="twice", **QUICK)))["outputs"]["train"]["text"][0]
+    assert told.startswith("twice-2: training has started")
+    assert runs("twice").job.steps == 1
+    assert runs("twice-2").job.steps == 2
+
+
+def test_a_failure_says_why_with_the_end_of_the_log(server: Server, runs, tmp_path: Path):
+    world.write_clips(tmp_path, world.random_scenes(2, seed=78))
+    server.prompt(waiting(training_graph(str(tmp_path), steps=1, name="whole", **QUICK)))
+    latents = server.base_directory / "user" / "__video_trainer" / "encoded" / "cache" / "latents"
+    newest = sorted(latents.rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)[-2:]
+    for file in newest:
+        file.write_bytes(b"no tensors")
+    with pytest.raises(GraphError) as failure:
+        server.prompt(waiting(training_graph(str(tmp_path), steps=3, name="broken", **QUICK)))
+    said = str(failure.value)
+    assert "broken failed" in said
+    assert "is damaged" in said
+    assert "worker.log" in said
+    assert "Traceback" in said
+    assert runs("broken").status().state == "failed"
+    for file in newest:
+        file.unlink()
+    server.prompt(waiting(training_graph(str(tmp_path), steps=3, name="broken", **QUICK)))  # encoded again, and resumed
+    assert runs("broken").status().state == "done"
+
+
+def test_what_is_wrong_with_a_job_is_said_before_anything_starts(server: Server, clips: Path):
+    with pytest.raises(GraphError, match="a name has up to 100 letters"):
+        server.prompt(training_graph(str(clips), name="no/folder", **QUICK))
+    with pytest.raises(GraphError, match="There is no LoRA"):
+        server.prompt(training_graph(str(clips), name="lost", initial_lora="nowhere.safetensors", **QUICK))
+
+
+def applied(lora: str) -> dict:
+    return base_graph() | {
+        "model": node("VideoTrainer_LoadTransformer", base=["base", 0], weight_dtype="default"),
+        "patched": node("VideoTrainer_ApplyLoRA", model=["model", 0], lora=lora, strength=0.5, strength_low_noise=1.0),
+        "shown": node("PreviewAny", source=["patched", 0]),
+    }
+
+
+@pytest.fixture(scope="module")
+def lora(server: Server, clips: Path) -> Path:
+    server.prompt(waiting(training_graph(str(clips), steps=1, name="applied", **QUICK)))
+    return server.base_directory / "output" / "loras" / "applied" / "applied-000001.safetensors"
+
+
+def test_apply_lora_takes_a_file_or_the_newest_of_a_run(server: Server, lora: Path):
+    assert "applied: newest" in server.choices("VideoTrainer_ApplyLoRA", "lora")
+    for choice in ("applied: newest", "applied/applied-000001.safetensors"):
+        told = server.prompt(applied(choice))["outputs"]["patched"]["text"][0]
+        assert told.splitlines() == ["applied-000001.safetensors", "40 of 40 layers matched, strength 0.5"]
+
+
+def test_a_newer_file_of_the_run_is_seen_and_nothing_else_runs_again(server: Server, lora: Path):
+    graph = applied("applied: newest")
+    server.prompt(graph)
+    assert "patched" in _cached(server.prompt(graph))
+    newer = lora.with_name("applied-000002.safetensors")
+    shutil.copy(lora, newer)
+    try:
+        ran = server.prompt(graph)
+        assert "patched" not in _cached(ran)
+        assert ran["outputs"]["patched"]["text"][0].startswith("applied-000002")
+    finally:
+        newer.unlink()
+
+
+def _cached(entry: dict) -> list[str]:
+    return next(message[1]["nodes"] for message in entry["status"]["messages"] if message[0] == "execution_cached")
+
+
+def test_a_lora_of_another_model_is_refused(server: Server, lora: Path, tmp_path: Path):
+    loras = server.base_directory / "output" / "loras"
+    torch.manual_seed(0)
+    other = {f"lora_unet_down_blocks_{i}_attn.lora_{end}.weight": torch.randn(4, 4) for i in range(3) for end in ("up", "down")}
+    from safetensors.torch import save_file
+
+    save_file(other, loras / "other.safetensors")
+    with pytest.raises(GraphError, match="none of the 3 layers of other"):
+        server.prompt(applied("other.safetensors"))
+
+    adapter = read_lora(lora)
+    from dataclasses import replace
+
+    from trainers.family import families
+
+    wide = {name: replace(pair, up_OR=torch.cat([pair.up_OR, pair.up_OR])) for name, pair in adapter.modules.items()}
+    write_lora(loras / "wide.safetensors", replace(adapter, modules=wide), families()["wan"])
+    with pytest.raises(GraphError, match="is for a model of another size"):
+        server.prompt(applied("wide.safetensors"))
+    assert demo.TRANSFORMER.is_file()
