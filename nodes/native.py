@@ -173,6 +173,8 @@ def _load_umt5(folder: TransformersFolder) -> Any:
     if not spiece.is_file():
         raise _no_tokenizer(folder.weights)
     state, _ = _read(folder.files())
+    if (tied := state.pop("encoder.embed_tokens.weight", None)) is not None:
+        state.setdefault("shared.weight", tied)  # the same tensor; a file has one of the names, or both
     model_class = comfy.text_encoders.wan.te(**comfy.text_encoders.sd3_clip.t5_xxl_detect(state))
     return comfy.sd.CLIP(
         SimpleNamespace(clip=model_class, tokenizer=comfy.text_encoders.wan.WanT5Tokenizer, params={}),

@@ -108,6 +108,17 @@ def _misfits(modules: Modules, base: Mapping[str, Any]) -> str:
     return ""
 
 
+def _clip_identity(modules: Modules, base: Mapping[str, Any]) -> str:
+    return modules("nodes.identity").identity_of_clip(_run(modules, "LoadEncoders", base)[0])
+
+
+def _unpadded(modules: Modules) -> list[int]:
+    """How many rows stay: by the rows, by a mask, of nothing but zeros."""
+    rows = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    unpadded = modules("nodes.graph_encoder").unpadded
+    return [len(unpadded(rows, None)), len(unpadded(rows, torch.tensor([[1, 1, 1, 1]]))), len(unpadded(0 * rows, None))]
+
+
 def _escapes(modules: Modules, prompts: list[str]) -> Any:
     """For each prompt: what reaches the tokenizer when it is escaped, and with which weights."""
     from comfy.sd1_clip import escape_important, token_weights, unescape_important
@@ -189,6 +200,8 @@ _TASKS: dict[str, Callable[..., Any]] = {
     "encode": _encode,
     "escapes": _escapes,
     "refusal": _refusal,
+    "clip_identity": _clip_identity,
+    "unpadded": _unpadded,
     "misfits": _misfits,
     "identities": _identities,
 }

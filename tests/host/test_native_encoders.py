@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,12 +46,14 @@ def answers(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> dict[
     files = {"pixels": str(folder / "pixels"), "output": str(folder / "encoded")}
     (encode,) = ask(comfyui, {"task": "encode", "base": BASE, "prompts": PROMPTS, **files})
     save_file({"encoder.final_layer_norm.weight": torch.zeros(4)}, folder / "umt5.safetensors")
-    escapes, identities, refusal, misfits = ask(
+    escapes, identities, refusal, misfits, tied, unpadded = ask(
         comfyui,
         {"task": "escapes", "prompts": PROMPTS},
         {"task": "identities", "base": BASE},
         {"task": "refusal", "base": BASE | {"text_encoders": [str(folder / "umt5.safetensors")]}},
         {"task": "misfits", "base": BASE},
+        {"task": "clip_identity", "base": BASE | {"text_encoders": [str(write_tied(folder / "tied"))]}},
+        {"task": "unpadded"},
     )
     return {
         **encode,
@@ -57,9 +61,21 @@ def answers(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "objects": identities,
         "refusal": refusal,
         "misfits": misfits,
+        "tied": tied,
+        "unpadded": unpadded,
         "tensors": load_file(folder / "encoded"),
         "pixels": pixels_BCFHW,
     }
+
+
+def write_tied(folder: Path) -> Path:
+    """The tiny text encoder with its embeddings under their other name; the path of its weights, as a user may choose it."""
+    shutil.copytree(demo.BASE / "tokenizer", folder / "tokenizer")
+    shutil.copytree(demo.BASE / "text_encoder", folder / "text_encoder")
+    path = folder / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    save_file({name.replace("shared.", "encoder.embed_tokens."): tensor.clone() for name, tensor in state.items()}, path)
+    return path
 
 
 def ask(comfyui: ComfyUI, *tasks: dict[str, Any]) -> list[Any]:
@@ -139,3 +155,11 @@ def test_objects_of_other_models_are_refused_at_once(answers: dict[str, Any]):
     assert "2 problems" in answers["misfits"]
     assert "the VAE is a PixelspaceConversionVAE; Wan has its own" in answers["misfits"]
     assert "the CLIP reads text with a MochiT5Tokenizer; Wan needs a WanT5Tokenizer. Choose the type wan" in answers["misfits"]
+
+
+def test_tied_embeddings_are_found_under_either_name_and_from_a_file(answers: dict[str, Any]):
+    assert answers["tied"] == answers["objects"]["identities"]["clip"]
+
+
+def test_padding_is_what_the_mask_leaves_out_or_else_zeros_at_the_end(answers: dict[str, Any]):
+    assert answers["unpadded"] == [3, 4, 1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from installation import PACK, ComfyUI
 from safetensors.torch import load_file, save_file
-from tiny import VARIANT, WAN, TinyShape, random_transformer, tiny_job, write_transformer
+from tiny import VARIANT, WAN, TinyShape, as_fp8_scaled, random_transformer, tiny_job, write_transformer
 
 from trainers.checkpoint import Checkpoint
 from trainers.demo import demo
@@ -153,14 +153,19 @@ def write_shards(folder: Path) -> Path:
     return folder
 
 
-def test_the_weight_dtype_is_core_s(comfyui: ComfyUI, tmp_path: Path):
-    transformer = write_transformer(tmp_path / "wan2.1.safetensors", SMALL)
+def test_precisions_are_core_s(comfyui: ComfyUI, tmp_path: Path):
+    transformer, scaled = (write_transformer(tmp_path / f"wan2.1_{name}.safetensors", SMALL) for name in ("float32", "fp8_scaled"))
+    as_fp8_scaled(scaled)
     save_file(questions(), tmp_path / "inputs.safetensors")
-    case = Case(transformer, transformer, tmp_path / "inputs.safetensors")
-    files = tmp_path / "default", tmp_path / "fp8"
-    _, told = ask(comfyui, *(velocity(case, file, weight_dtype=name) for file, name in zip(files, ("default", "fp8_e4m3fn"), strict=True)))
-    ours = trainers_velocity(case, None)
-    as_stored, in_fp8 = (relative(load_file(file)["velocity"], ours) for file in files)
+    cases = [Case(path, path, tmp_path / "inputs.safetensors") for path in (transformer, transformer, scaled)]
+    dtypes = ("default", "fp8_e4m3fn", "default")
+    files = [tmp_path / f"velocity{index}" for index in range(3)]
+    told = ask(comfyui, *(velocity(case, file, weight_dtype=name) for case, file, name in zip(cases, files, dtypes, strict=True)))
+    as_stored, in_fp8, as_scaled = (
+        relative(load_file(file)["velocity"], trainers_velocity(case, None)) for case, file in zip(cases, files, strict=True)
+    )
+    print(json.dumps({"as stored": as_stored, "in fp8": in_fp8, "fp8_scaled": as_scaled, "dtypes": [item["dtype"] for item in told]}))
     assert as_stored < TOLERANCE
-    assert told["dtype"] == "torch.float8_e4m3fn"
+    assert told[1]["dtype"] == "torch.float8_e4m3fn"
     assert 1e-3 < in_fp8 < 0.2
+    assert as_scaled < TOLERANCE

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TinyShape, tiny_job, write_encoded
+from tiny import TinyShape, as_fp8_scaled, tiny_job, write_encoded
 
 from trainers import previews, trainer
 from trainers.demo.demo import VAE
 from trainers.errors import JobError, RunError, VideoTrainerError
 from trainers.job import Job, parse_job
 from trainers.run import Run, attach_or_create
-from trainers.stable_file import save_file
 from trainers.trainer import train
 from trainers.training import lora_path
 
@@ -86,19 +85,6 @@ def test_stop_and_resume_in_bf16_and_over_an_fp8_base(tmp_path, kind):
         assert train(run) == "done"
         loras.append(lora_path(run, 4).read_bytes())
     assert loras[0] == loras[1]
-
-
-def as_fp8_scaled(path: Path) -> None:
-    """Store the Linears of the blocks as fp8 with a scale, in the older of the two spellings."""
-    stored = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for name, tensor in load_file(path).items():
-        if name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2:
-            scale = tensor.abs().max() / 448
-            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
-            stored[name.replace(".weight", ".scale_weight")] = scale.float()
-        else:
-            stored[name] = tensor.clone()
-    save_file(stored, path, overwrite=True)
 
 
 def stop_after(run: Run, step: int):

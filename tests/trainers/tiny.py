@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from trainers.data.cache import Cache
 from trainers.data.encoded import Encoded, EncodedItem
@@ -77,6 +78,19 @@ def write_transformer(path: Path, shape: TinyShape, dtype: torch.dtype = torch.f
     state = {name: tensor.to(dtype) for name, tensor in random_transformer(shape).state_dict().items()}
     save_file(native_state(state, WAN.keys), path)
     return path
+
+
+def as_fp8_scaled(path: Path) -> None:
+    """Store the Linears of the blocks as fp8 with a scale, in the older of the two spellings."""
+    stored = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, tensor in load_file(path).items():
+        if name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2:
+            scale = tensor.abs().max() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[name.replace(".weight", ".scale_weight")] = scale.float()
+        else:
+            stored[name] = tensor.clone()
+    save_file(stored, path, overwrite=True)
 
 
 def write_encoded(folder: Path, shape: TinyShape, clips: int = 6, held_out: int = 2) -> Path:
