@@ -1,9 +1,27 @@
 // Settings that most people leave alone are folded away, with a button that shows them.
 
-/** Folds the node's advanced widgets. Nodes 2.0 does this by itself, with a button of its own. */
+const WIDGET_PIXELS = 24;
+
+/** Folds the node's advanced widgets. */
 export function foldAdvanced(node) {
   const advanced = (node.widgets ?? []).filter((widget) => widget.options?.advanced);
-  if (!advanced.length || globalThis.LiteGraph?.vueNodesMode) return;
+  if (!advanced.length) return;
+  if (globalThis.LiteGraph?.vueNodesMode) trim(node, advanced);
+  else fold(node, advanced);
+}
+
+/** Nodes 2.0 folds them by itself, with a button of its own, but makes the node as high as if they were shown. */
+function trim(node, advanced) {
+  const resize = (size) => setTimeout(() => node.setSize(size)); // after it has done so
+  resize([node.size[0], node.size[1] - advanced.length * WIDGET_PIXELS]);
+  const configured = node.onConfigure;
+  node.onConfigure = function (saved, ...more) {
+    configured?.call(this, saved, ...more);
+    if (saved?.size) resize([...saved.size]);
+  };
+}
+
+function fold(node, advanced) {
   const toggle = () => {
     node.showAdvanced = !node.showAdvanced;
     show(node, advanced, button);
