@@ -48,7 +48,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (base_directory / name).mkdir(parents=True, exist_ok=True)
-        for name, folder in (packs or {PACK_FOLDER: PACK}).items():
+        for name, folder in ({PACK_FOLDER: PACK} if packs is None else packs).items():
             link_folder(base_directory / "custom_nodes" / name, folder)
 
     # Its life
