@@ -50,6 +50,8 @@ HOSTS: dict[str, tuple[str, ...]] = {
     "transformers 4.57": OLD,
     "transformers 4.57, diffusers 0.35.1, headless OpenCV 4.11": (*OLD, "diffusers==0.35.1", "opencv-python-headless==4.11.0.86"),
     "transformers 4.57, diffusers 0.39, OpenCV 4.11": (*OLD, "diffusers==0.39.0", "peft==0.17.1", "opencv-python==4.11.0.86"),
+    "transformers 4.57, numpy 1.26": (*OLD, "numpy==1.26.4"),
+    "transformers 4.57, numpy 1.26, headless OpenCV 4.11": (*OLD, "numpy==1.26.4", "opencv-python-headless==4.11.0.86"),
     "transformers 5.10, hub 1.24, diffusers 0.40": ("transformers==5.10.4", "huggingface_hub==1.24.0", "diffusers==0.40.0"),
     "transformers 5.23": NEW,
     "transformers 5.23, diffusers 0.35.2": (*NEW, "diffusers==0.35.2"),
@@ -85,9 +87,12 @@ class Environment:
         return done.stdout.splitlines() if done.returncode else []
 
     def pip(self, *arguments: str, may_fail: bool = False) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([self.python, "-m", "pip", *arguments], capture_output=True, text=True, check=False)
+        return self.run("-m", "pip", *arguments, may_fail=may_fail)
+
+    def run(self, *arguments: str, may_fail: bool = False) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([self.python, *arguments], capture_output=True, text=True, check=False)
         if done.returncode and not may_fail:
-            raise RuntimeError(f"pip {' '.join(arguments)}:\n{done.stdout}{done.stderr}")
+            raise RuntimeError(f"{' '.join(arguments)}:\n{done.stdout}{done.stderr}")
         return done
 
 
@@ -181,6 +186,7 @@ def measure(name: str, way: str, folder: Path, comfyui: ComfyUI, requirements: P
         "downgraded": [f"{package} {old} -> {new}" for package, (old, new) in _pairs(before.versions, after.versions) if new < old],
         "pip check": {"before": before.complaints, "after": after.complaints},
         "same tokens": before.tokens == after.tokens if isinstance(after.tokens, dict) else after.tokens,
+        "cv2": _try(lambda: host.run("-c", "import cv2; print(cv2.__version__)").stdout.strip()),
         "starts": {"before": before.starts, "after": after.starts},
         "trains": trained,
         "warnings of the installer": warnings,

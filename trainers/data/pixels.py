@@ -56,7 +56,7 @@ def opencv() -> ModuleType:
     except ImportError as error:  # also when the system lacks a library that the non-headless build needs
         raise MissingPackage(
             f"OpenCV cannot be imported ({error}); it scales and draws pictures. "
-            "Run `pip install opencv-python-headless` (or, when libGL is missing, install the system's libGL)."
+            "Run `pip install --force-reinstall --no-deps opencv-python-headless`, which needs no libGL."
         ) from error
     module: ModuleType = cv2
     return module
