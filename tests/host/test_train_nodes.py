@@ -98,6 +98,16 @@ def test_another_setting_is_another_run(server: Server, runs, clips: Path):
     assert runs("twice-2").job.steps == 2
 
 
+def test_comfyui_forgets_its_models_when_it_shall_give_up_its_ram(server: Server, runs, clips: Path):
+    graph = training_graph(str(clips), steps=1, name="alone", **QUICK)
+    server.prompt(graph)
+    assert "encoded" in _cached(server.prompt(graph))
+    graph["train"]["inputs"] |= {"name": "alone_in_ram", "comfyui_memory": "free the card and RAM"}
+    assert "encoded" in _cached(server.prompt(graph))
+    assert _cached(server.prompt(graph)) == []
+    until(lambda: runs("alone_in_ram").status().state == "done")
+
+
 def test_a_failure_says_why_with_the_end_of_the_log(server: Server, runs, tmp_path: Path):
     world.write_clips(tmp_path, world.random_scenes(2, seed=78))
     server.prompt(waiting(training_graph(str(tmp_path), steps=1, name="whole", **QUICK)))
