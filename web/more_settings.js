@@ -12,7 +12,7 @@ export function foldAdvanced(node) {
 
 /** Nodes 2.0 folds them by itself, with a button of its own, but makes the node as high as if they were shown. */
 function trim(node, advanced) {
-  const resize = (size) => setTimeout(() => node.setSize(size)); // after it has done so
+  const resize = (size) => setTimeout(() => node.graph && node.setSize(size)); // after it has done so
   resize([node.size[0], node.size[1] - advanced.length * WIDGET_PIXELS]);
   const configured = node.onConfigure;
   node.onConfigure = function (saved, ...more) {

@@ -106,7 +106,8 @@ function executed(node, output) {
 
 /** The report of a node that was made anew from a saved graph. */
 function recall(node) {
-  const key = node.graph && !node.graph.isRootGraph && node.graph.id ? `${node.graph.id}:${node.id}` : String(node.id);
+  if (!node.graph) return; // it was removed meanwhile
+  const key = !node.graph.isRootGraph && node.graph.id ? `${node.graph.id}:${node.id}` : String(node.id);
   drawReport(node, textOf(app.nodeOutputs?.[key]));
 }
 
