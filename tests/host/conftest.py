@@ -21,11 +21,13 @@ _HERE = Path(__file__).parent
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a ComfyUI one line says what is missing: the first test is skipped, and stands for all."""
+    ours = [item for item in items if item.path.is_relative_to(_HERE)]
     try:
         find_comfyui()
     except NoComfyUI as error:
-        first, *others = [item for item in items if item.path.is_relative_to(_HERE)]
-        first.add_marker(pytest.mark.skip(reason=f"{len(others) + 1} tests need a ComfyUI: {error}"))
+        for item in ours[:1]:
+            item.add_marker(pytest.mark.skip(reason=f"{len(ours)} tests need a ComfyUI: {error}"))
+        others = ours[1:]
         items[:] = [item for item in items if item not in others]
         config.hook.pytest_deselected(items=others)
 
