@@ -213,9 +213,19 @@ def _clip_vision_input() -> Any:
     )
 
 
+_lost_seconds = 0.0
+"""When files that had been encoded were last found missing."""
+
+
+def encode_again() -> None:
+    """Something that was encoded is no longer there: at the next Run the nodes look at every clip and prompt again."""
+    global _lost_seconds
+    _lost_seconds = time.time()
+
+
 def _fingerprint() -> float:
-    """The same as long as there is something encoded; a user who deletes the folder finds it filled again."""
-    return 0.0 if host.encoded_folder().is_dir() else time.time()
+    """The same as long as what was encoded is there; a user who deletes it finds it made again."""
+    return _lost_seconds if host.encoded_folder().is_dir() else time.time()
 
 
 def _cache() -> Cache:

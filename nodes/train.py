@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from comfy_api.latest import io
 
 from ..trainers.data.encoded import Encoded
-from ..trainers.errors import JobError, Problem, RunError
+from ..trainers.errors import DatasetError, JobError, Problem, RunError
 from ..trainers.job import Job, parse_job
 from ..trainers.launch import last_log_lines, launch
 from ..trainers.plan import hand_over
 from ..trainers.run import HowFound, Run, attach_or_create
 from ..trainers.run_status import RunStatus
 from . import host
+from .encode import encode_again
 from .records import BASE, ENCODED, PREVIEWS, RUN, Base, EncodedData, PreviewSettings, RunFolder
 from .schema import schema
 from .settings import job_values, settings
@@ -146,8 +148,7 @@ def _job(base: Base, encoded: EncodedData, previews: PreviewSettings | None, val
     if previews and (previews.family, previews.variant) != (base.family, base.variant):
         value = f"the previews are for {previews.variant}, the base is {base.variant}"
         raise JobError(Problem(value, "prompts are encoded for one model", "Connect the same Base Model to both."))
-    version = Encoded.open(encoded.folder, encoded.identity).with_prompts(previews.texts if previews else {})
-    version.keep_version()
+    version = _version(encoded, previews.texts if previews else {})
     start = fields["start"]
     start["initial_lora"] = start["initial_lora"] and host.lora_path(start["initial_lora"])
     return parse_job(
@@ -161,6 +162,21 @@ def _job(base: Base, encoded: EncodedData, previews: PreviewSettings | None, val
             **({"previews": dict(previews.spec)} if previews else {}),
         }
     )
+
+
+def _version(encoded: EncodedData, texts: Mapping[str, str]) -> Encoded:
+    """The encoded data with the prompts of the previews. Raises DatasetError for files that are gone."""
+    try:
+        version = Encoded.open(encoded.folder, encoded.identity).with_prompts(texts)
+        problems = version.problems()
+    except DatasetError as error:
+        problems = list(error.problems)
+    if problems:
+        encode_again()
+        lost = [replace(problem, remedy="Press Run again: what is missing is encoded again.") for problem in problems]
+        raise DatasetError(lost)
+    version.keep_version()
+    return version
 
 
 def _told(run: Run, how: HowFound) -> str:
