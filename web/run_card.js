@@ -99,7 +99,8 @@ function drawButtons(card) {
 function button(card, action) {
   const [word, icon, title] = BUTTONS[action];
   const label = action === "resume" && card.run.live ? "Go on" : card.run.state === "new" ? "Start" : word;
-  const made = labelled(card.busy === action ? `${label} ...` : label, icon, () => (action === "stop" ? confirm(card, true) : ask(card, action)));
+  const press = () => (action === "stop" ? confirm(card, true) : ask(card, action));
+  const made = labelled(card.busy === action ? `${label} ...` : label, icon, press);
   made.title = title;
   made.disabled = Boolean(card.busy);
   return made;
