@@ -17,7 +17,13 @@ export function renderPanel(container, { tell, openGraph }) {
   const title = element("header", { className: "vt-title" }, element("span", { textContent: "Video Trainer" }), view.count);
   view.root = element("section", { className: "vt-panel" }, title, view.message, view.welcome, view.list);
   container.replaceChildren(view.root);
-  const end = subscribe(() => (view.root.isConnected ? draw(view) : end())); // the page never says that a tab was closed
+  const redraw = () => (view.root.isConnected ? draw(view) : end()); // the page never says that a tab was closed
+  const unsubscribe = subscribe(redraw);
+  const timer = setInterval(redraw, 60_000); // "5 min ago"
+  const end = () => {
+    unsubscribe();
+    clearInterval(timer);
+  };
   draw(view);
 }
 

@@ -36,6 +36,7 @@ export function makeCard(tell) {
   parts.spark.classList.add("vt-spark");
   parts.curve = element("div", { className: "vt-line" }, parts.loss, parts.spark, parts.speed);
   parts.details = element("details", { className: "vt-log" }, element("summary", { textContent: "End of the log" }), parts.log);
+  parts.details.ontoggle = () => (parts.log.scrollTop = parts.log.scrollHeight); // the last line tells most
   parts.root = element(
     "article",
     { className: "vt-run" },
@@ -64,13 +65,17 @@ function update(card, run) {
   write(card.loss, lossOf(run));
   write(card.speed, run.live ? speedOf(run) : "");
   write(card.note, noteOf(run));
-  write(card.lora, run.lora ? `LoRA: ${run.lora}` : "", run.lora && "In every LoRA list, under this name");
+  write(card.lora, run.lora ? `LoRA: ${fileName(run.lora)}` : "", run.lora && `In every LoRA list as ${run.lora}`);
   write(card.log, run.log);
   card.details.hidden = !run.log;
   card.curve.hidden = run.loss == null;
   drawBar(card, run);
   drawButtons(card);
   drawCurve(card);
+}
+
+function fileName(lora) {
+  return lora.split("/").at(-1).replace(/\.safetensors$/, "");
 }
 
 function write(target, text, title) {
@@ -99,7 +104,8 @@ function drawButtons(card) {
 function button(card, action) {
   const [word, icon, title] = BUTTONS[action];
   const label = action === "resume" && card.run.live ? "Go on" : card.run.state === "new" ? "Start" : word;
-  const made = labelled(card.busy === action ? `${label} ...` : label, icon, () => (action === "stop" ? confirm(card, true) : ask(card, action)));
+  const press = () => (action === "stop" ? confirm(card, true) : ask(card, action));
+  const made = labelled(card.busy === action ? `${label} ...` : label, icon, press);
   made.title = title;
   made.disabled = Boolean(card.busy);
   return made;

@@ -237,7 +237,7 @@ def test_a_new_lora_is_in_the_lists_and_the_graph_is_left_alone(tab, any_server)
     with live_run(any_server, "writes", steps=5) as run:
         _card(tab, "writes").wait_for()
         name = write_lora(run, 5)
-        _shows(tab, "writes", f"LoRA: {name}")
+        _shows(tab, "writes", "LoRA: writes-000005")
         tab.wait_for_function(f"name => {options}.includes(name)", arg=name, timeout=20_000)
         assert json.loads(tab.evaluate("JSON.stringify(window.app.graph.serialize())")) == json.loads(before)
         run.event("done")
