@@ -6,7 +6,8 @@ Each host is the environment of a ComfyUI (found as the host tests do; torch and
 with some packages in versions that users have. Into it goes requirements.txt in one of four ways:
 
     manager   each line by `pip install` of its own, as ComfyUI-Manager does (torch, torchvision, torchaudio are left out)
-    startup   the same, without the lines that were already fulfilled before, as the Manager does when ComfyUI starts
+    startup   the same, without the lines that were already fulfilled before, as the Manager does when ComfyUI starts (on Windows
+              it installs then)
     uv        each line by `uv pip install`, the Manager's other way
     pip       `pip install -r requirements.txt`, by hand
 
@@ -59,7 +60,10 @@ HOSTS: dict[str, tuple[str, ...]] = {
 }
 CASES = [
     *((host, "manager") for host in HOSTS),
-    *((host, way) for host in ("transformers 4.57", "transformers 5.23") for way in ("startup", "uv", "pip")),
+    ("transformers 4.57, diffusers 0.35.1, headless OpenCV 4.11", "startup"),
+    ("transformers 4.57, diffusers 0.39, OpenCV 4.11", "startup"),
+    *(("transformers 4.57", way) for way in ("startup", "uv", "pip")),
+    *(("transformers 5.23, diffusers 0.42, peft 0.21", way) for way in ("startup", "uv", "pip")),
 ]
 
 
@@ -129,7 +133,8 @@ def install(host: Environment, requirements: Path, way: str) -> list[str]:
     else:
         lines = lines_of(requirements)
         if way == "startup":
-            lines = [line for line in lines if not _fulfilled(host.versions(), line)]
+            versions = host.versions()
+            lines = [line for line in lines if not _fulfilled(versions, line)]
         done = [host.pip("install", line) for line in lines]
     return [line for each in done for line in each.stderr.splitlines() if "incompatible" in line or "conflict" in line]
 
