@@ -6,6 +6,7 @@ at each time, the others every few seconds, and files are read only when their s
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ class _Known:
     """A run as it was at the last look. `run` is None for a folder that is none, or of a later version."""
 
     run: Run | None
+    folder: str
     job: Signature
     files: Signature = ()
     record: Record | None = None
@@ -77,13 +79,13 @@ class Overview:
         return known.run if known else None
 
     def _find_runs(self) -> None:
-        names = _folder_names(self._folder)
+        folder, names = str(self._folder), _folder_names(self._folder)
         for name in self._known.keys() - names:
             del self._known[name]
         for name in sorted(names):
-            job = (_stamp(self._folder / name / JOB_FILE),)
+            job = (_stamp(folder, name, JOB_FILE),)
             if name not in self._known or self._known[name].job != job:
-                self._known[name] = _Known(_open(self._folder / name), job)
+                self._known[name] = _Known(_open(self._folder / name), os.path.join(folder, name), job)
 
 
 def describe(run: Run) -> Record:
@@ -91,7 +93,7 @@ def describe(run: Run) -> Record:
     status, events = run.status(), run.read_events()
     times = [event["time"] for event in events if "time" in event] or [(run.folder / JOB_FILE).stat().st_mtime]
     loras = [event["lora"] for event in events if event.get("lora")]
-    metrics = _stamp(run.folder / "metrics.jsonl")
+    metrics = _stamp(run.folder, "metrics.jsonl")
     broke_off = status.state in ("failed", "interrupted")
     return {
         **asdict(status),
@@ -105,7 +107,7 @@ def describe(run: Run) -> Record:
 
 def changes(before: Mapping[str, Record], after: Mapping[str, Record]) -> Record | None:
     """What leads from one look to the next: records that are new or differ, names that are gone; None when nothing changed."""
-    changed = [record for name, record in after.items() if before.get(name) != record]
+    changed = [record for name, record in after.items() if before.get(name) is not record and before.get(name) != record]
     removed = sorted(before.keys() - after.keys())
     return {"runs": changed, "removed": removed} if changed or removed else None
 
@@ -139,23 +141,23 @@ def _look_at(known: _Known) -> None:
         return
     try:
         was_live = bool(known.record and known.record["live"])
-        files = _files(known.run, was_live)
+        files = _files(known.run, known.folder, was_live)
         if known.record is None or files != known.files:
             known.record, known.files = describe(known.run), files
     except OSError:  # the folder is being removed, or on a drive that went away: the next look tells
         known.record = None
 
 
-def _files(run: Run, was_live: bool) -> Signature:
+def _files(run: Run, folder: str, was_live: bool) -> Signature:
     """What differs when the status may differ. An ended run changes only by an event; a live one can also die without a word."""
-    stamps = (_stamp(run.folder / "events.jsonl"), _stamp(run.folder / "metrics.jsonl"))
-    return (*stamps, run.requested(), run.live) if was_live else (stamps[0],)
+    events = _stamp(folder, "events.jsonl")
+    return (events, _stamp(folder, "metrics.jsonl"), run.requested(), run.live) if was_live else (events,)
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(*path: str | Path) -> tuple[int, int] | None:
     """(time of the last change in nanoseconds, size in bytes); None when there is nothing."""
     try:
-        found = path.stat()
+        found = os.stat(os.path.join(*path))
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size
@@ -163,7 +165,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _folder_names(folder: Path) -> set[str]:
     try:
-        return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+        return {name for name in os.listdir(folder) if not name.startswith(".")}
     except OSError:
         return set()
 
