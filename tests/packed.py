@@ -7,14 +7,13 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 
 
 def pack(folder: Path) -> Path:
     """The published archive of the files that git knows, unpacked in `folder`; its size is that of `folder.zip`."""
-    file_utils = pytest.importorskip("comfy_cli.file_utils", reason="packing needs comfy-cli (requirements-test.txt)")
+    from comfy_cli import file_utils
+
     archive, here = folder.with_suffix(".zip"), Path.cwd()
     os.chdir(ROOT)  # it packs the working folder
     try:

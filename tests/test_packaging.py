@@ -13,6 +13,8 @@ import sys
 import pytest
 from packed import ROOT, pack
 
+pytest.importorskip("comfy_cli", reason="packing needs comfy-cli (requirements-test.txt)")
+
 LARGEST_PACKED_MIB = 16
 CODE = {".py", ".js", ".mjs", ".ts", ".html", ".sh", ".bat", ".ps1"}
 FLAGGED = {
@@ -79,7 +81,6 @@ def test_one_process_is_started_with_nothing_that_a_user_wrote(code):
 
 def test_the_registrys_own_check_is_silent(packed):
     command = [sys.executable, "-m", "ruff", "check", ".", "--isolated", "-q", "--select", "S102,S307,E702"]
-    pytest.importorskip("ruff")
     done = subprocess.run(command, cwd=packed, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -102,9 +103,10 @@ def test_one_script_does_something_when_it_is_loaded(packed):
 
 
 def test_the_registry_reads_the_description(packed, monkeypatch):
-    parser = pytest.importorskip("comfy_cli.registry.config_parser")
+    from comfy_cli.registry import config_parser
+
     monkeypatch.chdir(packed)
-    config = parser.extract_node_configuration()
+    config = config_parser.extract_node_configuration()
     project, comfy = config.project, config.tool_comfy
     assert project.name == "video-trainer"
     assert re.fullmatch(r"\d+\.\d+\.\d+", project.version)

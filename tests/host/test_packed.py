@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from comfy_server import PACK_FOLDER
 from graphs import node, training_graph
 from packed import pack
@@ -14,6 +15,7 @@ def _files(folder):
 
 
 def test_the_published_pack_trains_and_nothing_is_written_into_it(make_server, tmp_path):
+    pytest.importorskip("comfy_cli", reason="packing needs comfy-cli (requirements-test.txt)")
     packed = pack(tmp_path / "packed")
     before = _files(packed)
     server = make_server(packs={PACK_FOLDER: packed})
