@@ -172,6 +172,12 @@ def test_requirements_are_lower_bounds_that_are_tested():
     assert declared.keys() | {"torch"} <= tested.keys()
 
 
+def test_test_files_have_names_of_their_own():
+    """Pytest imports them by their bare names: of two alike it would refuse one."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_project_file_names_what_is_there():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     version = re.search(r'__version__ = "(.+)"', (ROOT / "trainers" / "__init__.py").read_text())
