@@ -72,7 +72,8 @@ class DatasetFromFolder(io.ComfyNode):
             return found.is_dir() or str(_no_folder(str(found), "Check the path."))
         if folder in (None, DEMO_CLIPS, *host.clip_folders()):
             return True
-        return str(_no_folder(f"{folder}, in ComfyUI's input folder,", "Press R to refresh the lists and choose again."))
+        remedy = f"Make the folder {folder} in ComfyUI's input folder and put clips with their captions into it, or choose another one."
+        return str(_no_folder(f"{folder}, in ComfyUI's input folder,", remedy))
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, path: str | None, repeats: int, held_out: float) -> str | float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ class EncodeDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **values: Any) -> float:
+    def fingerprint_inputs(cls, **values: Any) -> str:
         return _fingerprint()
 
     @classmethod
@@ -101,7 +100,7 @@ class EncodeDataset(io.ComfyNode):
         if report.encoded is None:
             raise host.Interrupted
         encoded, text = report.encoded, _told(report)
-        record = EncodedData(str(encoded.folder), encoded.identity, encoded.family, encoded.variant, len(encoded.items))
+        record = EncodedData(str(encoded.folder), encoded.identity)
         return io.NodeOutput(record, text, ui=ui.PreviewText(text))
 
 
@@ -172,7 +171,7 @@ class Previews(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **values: Any) -> float:
+    def fingerprint_inputs(cls, **values: Any) -> str:
         return _fingerprint()
 
     @classmethod
@@ -213,19 +212,11 @@ def _clip_vision_input() -> Any:
     )
 
 
-_lost_seconds = 0.0
-"""When files that had been encoded were last found missing."""
-
-
-def encode_again() -> None:
-    """Something that was encoded is no longer there: at the next Run the nodes look at every clip and prompt again."""
-    global _lost_seconds
-    _lost_seconds = time.time()
-
-
-def _fingerprint() -> float:
-    """The same as long as what was encoded is there; a user who deletes it finds it made again."""
-    return _lost_seconds if host.encoded_folder().is_dir() else time.time()
+def _fingerprint() -> str:
+    """Changes when what was encoded is gone, so that a user who deletes it finds it made again."""
+    folder = host.encoded_folder()
+    there = [(folder / name).is_dir() for name in ("versions", "cache/latents", "cache/text")]
+    return f"{there} {host.missing_since()}"
 
 
 def _cache() -> Cache:

@@ -22,10 +22,12 @@ from server import PromptServer
 import nodes as core_nodes
 
 from ..trainers.data.scan import Progress
+from ..trainers.errors import LoraError, Problem
 
 NONE = "none"
 """The choice of no file."""
 
+_MISSING = "missing.txt"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -44,6 +46,21 @@ def runs_folder() -> Path:
 def encoded_folder() -> Path:
     """One folder for every data set: each version of each has its own identity, and they share what is encoded."""
     return state_folder() / "encoded"
+
+
+def note_missing() -> None:
+    """Some of what was encoded is no longer there: nodes that encode look at every clip and prompt again."""
+    with suppress(OSError):
+        (encoded_folder() / _MISSING).parent.mkdir(parents=True, exist_ok=True)
+        (encoded_folder() / _MISSING).write_text("Some encoded files were missing.\n")
+
+
+def missing_since() -> int:
+    """When `note_missing` was last called, in nanoseconds since 1970; 0 when never."""
+    try:
+        return (encoded_folder() / _MISSING).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def loras_folder() -> Path:
@@ -120,8 +137,12 @@ def lora_path(name: str) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file."""
-    return dict(comfy.utils.load_torch_file(str(path), safe_load=True))
+    """The tensors of a LoRA's file. Raises LoraError for one that is damaged."""
+    try:
+        return dict(comfy.utils.load_torch_file(str(path), safe_load=True))
+    except Exception as error:  # each format fails in ways of its own
+        problem = Problem(f"{path.name} cannot be read ({error})", "a LoRA's file must be whole", "Copy, download or train it again.")
+        raise LoraError(str(problem)) from None
 
 
 def _without_shards(name: str) -> str:
@@ -219,8 +240,3 @@ def routes() -> RouteTableDef | None:
 def send(event: str, data: dict[str, Any]) -> None:
     """Tell every open page; from any thread."""
     PromptServer.instance.send_sync(event, data)
-
-
-def tell_node(node_id: str, text: str) -> None:
-    """Show a text in a node of the page that runs it; from any thread."""
-    PromptServer.instance.send_progress_text(text, node_id)

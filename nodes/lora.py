@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.errors import LoraError, Problem
+from ..trainers.lora_metadata import LoraDescription, describe
 from ..trainers.run import Run
 from . import host, native_lora
 from .records import RUN, RunFolder
@@ -99,24 +100,23 @@ def _check(fit: native_lora.Fit, path: Path) -> None:
     """Raises LoraError when the LoRA is not for this model."""
     if fit.matched and not fit.misfits:
         return
+    found = _described(path)
     if fit.misfits:
         name, layer, lora = fit.misfits[0]
         value = f"{path.name} is for a model of another size: {name} is {layer} in the model, {lora} in the LoRA"
+        remedy = f"Load the model of that size{f' ({found.variant})' if found and found.variant else ''}."
     else:
         value = f"none of the {fit.total} layers of {path.name} is in this model ({fit.model})"
-    said = _said_by(path)
-    raise LoraError(str(Problem(value, "a LoRA fits the model that it was trained on", f"Load that model{said}.")))
+        remedy = f"Load that model{f': {found.variant or found.family}' if found else ''}."
+    raise LoraError(str(Problem(value, "a LoRA fits the model that it was trained on", remedy)))
 
 
-def _said_by(path: Path) -> str:
-    """What the file says it was trained on, as an end of a sentence."""
-    from ..trainers.lora_metadata import describe
-
+def _described(path: Path) -> LoraDescription | None:
+    """What the file says of itself; None for one that no family here knows."""
     try:
-        found = describe(path)
+        return describe(path)
     except LoraError:
-        return ""
-    return f": {found.variant or found.family}"
+        return None
 
 
 NODES = [ApplyLoRA]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -38,9 +37,6 @@ class EncodedData:
 
     folder: str
     identity: str
-    family: str
-    variant: str
-    clips: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,3 @@ class RunFolder:
     """A run, by its folder."""
 
     folder: str
-
-    @property
-    def name(self) -> str:
-        return Path(self.folder).name

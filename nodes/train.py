@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from ..trainers.errors import DatasetError, JobError, Problem, RunError
 from ..trainers.job import Job, parse_job
 from ..trainers.launch import last_log_lines, launch
 from ..trainers.plan import hand_over
+from ..trainers.preflight import check_settings
 from ..trainers.run import HowFound, Run, attach_or_create
 from ..trainers.run_status import RunStatus
 from . import host
-from .encode import encode_again
 from .records import BASE, ENCODED, PREVIEWS, RUN, Base, EncodedData, PreviewSettings, RunFolder
 from .schema import schema
 from .settings import job_values, settings
@@ -43,9 +42,9 @@ class TrainLoRA(io.ComfyNode):
             "Pressing Run again attaches to the run, or resumes it if it was paused, stopped or interrupted.",
             inputs=[
                 BASE.Input("base", tooltip="The model to train a LoRA for."),
-                ENCODED.Input("encoded", tooltip="The encoded data set to train on."),
+                ENCODED.Input("encoded", lazy=True, tooltip="The encoded data set to train on."),
                 *main,
-                PREVIEWS.Input("previews", optional=True, tooltip="Videos to sample while training."),
+                PREVIEWS.Input("previews", optional=True, lazy=True, tooltip="Videos to sample while training."),
                 io.Combo.Input(
                     "comfyui_memory",
                     [FREE_CARD, FREE_ALL, FREE_NOTHING],
@@ -65,6 +64,13 @@ class TrainLoRA(io.ComfyNode):
     def fingerprint_inputs(cls, **values: Any) -> float:
         # The state of the run is no input: only by looking again can a second click attach to it, or resume it.
         return time.time()
+
+    @classmethod
+    def check_lazy_status(cls, base: Base, **values: Any) -> list[str]:
+        # Encoding may take an hour: what is wrong with the settings is said before it begins.
+        job = parse_job(_fields(base, values) | {"encoded": str(host.encoded_folder())})
+        check_settings(job, started=(host.runs_folder() / job.name).is_dir())
+        return [name for name in ("encoded", "previews") if name in values and values[name] is None]
 
     @classmethod
     def execute(
@@ -144,24 +150,22 @@ def _split_settings() -> tuple[list[Any], list[Any]]:
 
 def _job(base: Base, encoded: EncodedData, previews: PreviewSettings | None, values: Mapping[str, Any]) -> Job:
     """The job of the node's inputs. Raises JobError with every value that is out of range."""
-    fields = job_values(values)
     if previews and (previews.family, previews.variant) != (base.family, base.variant):
         value = f"the previews are for {previews.variant}, the base is {base.variant}"
         raise JobError(Problem(value, "prompts are encoded for one model", "Connect the same Base Model to both."))
     version = _version(encoded, previews.texts if previews else {})
+    data = {"encoded": encoded.folder, "encoded_identity": version.identity}
+    return parse_job(_fields(base, values) | data | ({"previews": dict(previews.spec)} if previews else {}))
+
+
+def _fields(base: Base, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a job but those of its data."""
+    fields = job_values(values)
     start = fields["start"]
-    start["initial_lora"] = start["initial_lora"] and host.lora_path(start["initial_lora"])
-    return parse_job(
-        {
-            **fields,
-            "base": {"transformer": base.transformer, "vae": base.vae, "variant": base.variant},
-            "encoded": encoded.folder,
-            "encoded_identity": version.identity,
-            "runs_folder": str(host.runs_folder()),
-            "loras_folder": str(host.loras_folder()),
-            **({"previews": dict(previews.spec)} if previews else {}),
-        }
-    )
+    if start["initial_lora"]:
+        start["initial_lora"] = str(host.lora_path(start["initial_lora"]))
+    folders = {"runs_folder": str(host.runs_folder()), "loras_folder": str(host.loras_folder())}
+    return {**fields, **folders, "base": {"transformer": base.transformer, "vae": base.vae, "variant": base.variant}}
 
 
 def _version(encoded: EncodedData, texts: Mapping[str, str]) -> Encoded:
@@ -172,9 +176,9 @@ def _version(encoded: EncodedData, texts: Mapping[str, str]) -> Encoded:
     except DatasetError as error:
         problems = list(error.problems)
     if problems:
-        encode_again()
-        lost = [replace(problem, remedy="Press Run again: what is missing is encoded again.") for problem in problems]
-        raise DatasetError(lost)
+        host.note_missing()
+        value = f"{len(problems)} of the encoded files cannot be used" if len(problems) > 1 else problems[0].value
+        raise DatasetError(Problem(value, "all of them are needed", "Press Run again: what is missing is encoded again."))
     version.keep_version()
     return version
 
@@ -183,7 +187,7 @@ def _told(run: Run, how: HowFound) -> str:
     status = run.status()
     steps = f"{status.step} of {status.total_steps or '?'} steps"
     what = {
-        "created": f"{run.name}: training has started in the background",
+        "created": f"{run.name}: training starts in the background",
         "resumed": f"{run.name}: training goes on in the background, {steps} done",
         "attached": f"{run.name}: is already training, {steps} done",
         "done": f"{run.name}: was trained already, {steps} done. Change a setting or the name to train another",

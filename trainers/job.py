@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,7 +285,9 @@ def _problem(details: Any) -> Problem:
         return Problem(message.split("; ")[0], message.split("; ")[-1], "Change it." if details["loc"] else "Change one of them.")
     rule = message[0].lower() + message[1:]
     if details["type"] == "string_pattern_mismatch" and field == "name":
-        rule = "a name has up to 100 letters a to z, digits, dots, dashes and underscores, and begins with a letter or digit"
+        rule = "a name has up to 100 letters a to z, digits, dots, dashes and underscores, no spaces, and begins with a letter or digit"
+        if fitting := re.sub(r"[^A-Za-z0-9._-]+", "-", str(details["input"])).strip("-._")[:100]:
+            return Problem(f"name is {details['input']!r}", rule, f"Use {fitting!r}.")
     if details["type"] in ("tuple_type", "list_type"):
         rule = 'it must be a list, as in ["one", "two"]'
     return Problem(f"{field} is {details['input']!r}", rule, "Change it.")

@@ -27,6 +27,12 @@ def check(job: Job, started: bool = False) -> None:
         raise JobError(problems, subject=f"The job {job.name} cannot run")
 
 
+def check_settings(job: Job, started: bool = False) -> None:
+    """Raises JobError with every problem that can be found before the data set is there: device, packages, where it starts."""
+    if problems := list(_setting_problems(job, started)):
+        raise JobError(problems, subject=f"The job {job.name} cannot run")
+
+
 def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
     """Each problem of the job. Reads headers, never tensors."""
     detection = encoded = None
@@ -38,6 +44,14 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
         encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     except VideoTrainerError as error:
         yield from _problems("encoded", error)
+    yield from _setting_problems(job, started)
+    if encoded:
+        yield from _data_problems(job, encoded, detection)
+    if detection and job.previews.every_steps:
+        yield from _preview_problems(job, detection, encoded)
+
+
+def _setting_problems(job: Job, started: bool) -> Iterator[Problem]:
     checks: list[Callable[[], object]] = [lambda: _check_device(job), lambda: check_installed(job.optimizer)]
     if not started:
         checks.append(lambda: _check_start(job))
@@ -46,10 +60,6 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
             attempt()
         except VideoTrainerError as error:
             yield from _problems("", error)
-    if encoded:
-        yield from _data_problems(job, encoded, detection)
-    if detection and job.previews.every_steps:
-        yield from _preview_problems(job, detection, encoded)
 
 
 def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def test_cancelling_the_wait_leaves_the_run_alone(server: Server, runs, clips: P
 def test_another_setting_is_another_run(server: Server, runs, clips: Path):
     server.prompt(waiting(training_graph(str(clips), steps=1, name="twice", **QUICK)))
     told = server.prompt(waiting(training_graph(str(clips), steps=2, name="twice", **QUICK)))["outputs"]["train"]["text"][0]
-    assert told.startswith("twice-2: training has started")
+    assert told.startswith("twice-2: training starts")
     assert runs("twice").job.steps == 1
     assert runs("twice-2").job.steps == 2
 
@@ -132,11 +133,34 @@ def test_a_failure_says_why_with_the_end_of_the_log(server: Server, runs, tmp_pa
     assert runs("broken").status().state == "done"
 
 
-def test_what_is_wrong_with_a_job_is_said_before_anything_starts(server: Server, clips: Path):
-    with pytest.raises(GraphError, match="a name has up to 100 letters"):
-        server.prompt(training_graph(str(clips), name="no/folder", **QUICK))
-    with pytest.raises(GraphError, match="There is no LoRA"):
-        server.prompt(training_graph(str(clips), name="lost", initial_lora="nowhere.safetensors", **QUICK))
+def test_what_is_wrong_with_the_settings_is_said_before_anything_is_encoded(server: Server, tmp_path: Path):
+    world.write_clips(tmp_path, world.random_scenes(1, seed=79))
+    log = len(server.log)
+    for settings, told in (
+        ({"name": "my kitten"}, "no spaces, and begins with a letter or digit. Use 'my-kitten'"),
+        ({"device": "cuda:3"}, "cuda:3"),
+        ({"extends": "nobody@7"}, "the run must be there"),
+        ({"initial_lora": "nowhere.safetensors"}, "There is no LoRA 'nowhere.safetensors'"),
+    ):
+        with pytest.raises(GraphError, match=re.escape(told)):
+            server.prompt(training_graph(str(tmp_path), **(QUICK | settings)))
+    assert "VAE load device" not in server.log[log:]
+
+
+def test_a_run_may_start_from_a_lora_that_is_listed_or_anywhere(server: Server, runs, lora: Path, clips: Path):
+    for name, chosen in (("from_list", "applied/applied-000001.safetensors"), ("from_path", str(lora))):
+        server.prompt(waiting(training_graph(str(clips), steps=1, name=name, initial_lora=chosen, **QUICK)))
+        assert runs(name).status().state == "done"
+        assert Path(runs(name).job.start.initial_lora) == lora
+
+
+def test_data_that_were_deleted_are_encoded_again_by_the_same_run(server: Server, runs, clips: Path):
+    graph = waiting(training_graph(str(clips), steps=1, name="before", **QUICK))
+    server.prompt(graph)
+    shutil.rmtree(server.base_directory / "user" / "__video_trainer" / "encoded")
+    graph["train"]["inputs"]["name"] = "after"
+    server.prompt(graph)
+    assert runs("after").status().state == "done"
 
 
 def applied(lora: str) -> dict:
@@ -176,6 +200,12 @@ def test_a_newer_file_of_the_run_is_seen_and_nothing_else_runs_again(server: Ser
 
 def _cached(entry: dict) -> list[str]:
     return next(message[1]["nodes"] for message in entry["status"]["messages"] if message[0] == "execution_cached")
+
+
+def test_a_damaged_lora_is_named(server: Server, lora: Path):
+    (lora.parents[1] / "torn.safetensors").write_bytes(lora.read_bytes()[:100])
+    with pytest.raises(GraphError, match=r"torn\.safetensors cannot be read"):
+        server.prompt(applied("torn.safetensors"))
 
 
 def test_a_lora_of_another_model_is_refused(server: Server, lora: Path, tmp_path: Path):
