@@ -155,7 +155,9 @@ class Run:
 
     def _look(self) -> RunStatus:
         live = self.live
-        return make_status(self.name, self.read_events(), journal.read_tail(self._metrics), live, self.requested(), self.job.steps)
+        events, steps = self.read_events(), journal.read_tail(self._metrics)
+        measured = self._metrics.stat().st_mtime if steps else None
+        return make_status(self.name, events, steps, live, self.requested(), self.job.steps, measured)
 
     # What is asked of the worker
 

@@ -22,7 +22,9 @@ _STATE_OF_EVENT: Mapping[str, State] = {
     "done": "done",
 }
 _ENDED = frozenset[State]({"new", "paused", "stopped", "failed", "done"})
+_STARTS = ("queued", "training", "resumed")
 _AVERAGED_STEPS = 20
+_CLOCK_SECONDS = 0.1  # times of files are coarser than those of events
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class RunStatus:
     """One look at a run.
 
     `live`: a worker holds the run. `loss` and `seconds_per_step` are means of the last 20 steps, None before the
-    first. `message` is what the last event said (the error of a failed run). `request` is what the run was asked to do
+    first; a live run's pace is None too until it has taken a step since it was last started. `message` is what the
+    last event said (the error of a failed run). `request` is what the run was asked to do
     and has not done yet.
     """
 
@@ -79,9 +82,14 @@ def make_status(
     live: bool,
     request: Request | None,
     planned_steps: int | None,
+    measured: float | None = None,
 ) -> RunStatus:
-    """A status from the run's events and the last lines of its metrics, in the order they were written."""
+    """A status from the run's events and the last lines of its metrics, in the order they were written.
+
+    `measured` is when the last step was written, in seconds since 1970; None when that is not known.
+    """
     _, event = last_state(events)
+    starting = live and measured is not None and measured < _started(events) - _CLOCK_SECONDS
     totals = [event["total_steps"] for event in events if event.get("total_steps") is not None]
     steps = [line["step"] for line in recent_metrics if "step" in line]
     return RunStatus(
@@ -91,10 +99,15 @@ def make_status(
         step=int(steps[-1]) if steps else 0,
         total_steps=int(totals[-1]) if totals else planned_steps,
         loss=_mean_of(recent_metrics, "loss"),
-        seconds_per_step=_mean_of(recent_metrics, "seconds"),
+        seconds_per_step=None if starting else _mean_of(recent_metrics, "seconds"),
         message=str(event.get("message", "")),
         request=request,
     )
+
+
+def _started(events: Sequence[Mapping[str, Any]]) -> float:
+    """When the run was last started, in seconds since 1970; 0 when no event tells."""
+    return max((float(event.get("time", 0)) for event in events if event.get("event") in _STARTS), default=0.0)
 
 
 def _mean_of(lines: Sequence[Mapping[str, Any]], field: str) -> float | None:

@@ -2,6 +2,7 @@
 
 import { element, makeCard } from "./run_card.js";
 import { ask, current, subscribe } from "./runs.js";
+import { countsOf, isWaiting } from "./words.js";
 
 /** Fills `container` with the list. Doing so again, or after the page has thrown the list away, is harmless. */
 export function renderPanel(container, { tell, openGraph }) {
@@ -30,16 +31,17 @@ export function renderPanel(container, { tell, openGraph }) {
 function draw(view) {
   const { runs, loaded, problem } = current();
   const ordered = [...runs.values()].sort(byInterest);
-  const live = ordered.filter((run) => run.live).length;
-  view.count.textContent = live ? `${live} running` : "";
+  view.count.textContent = countsOf(ordered);
   view.welcome.hidden = !loaded || runs.size > 0;
   drawMessage(view, loaded, problem);
   drawCards(view, ordered);
 }
 
-/** Live runs in the order they were made, so that they keep their places; then the others, the latest first. */
+/** Live runs, the waiting ones after those that train, then the others. Live ones by when they were made, so that they
+ * keep their places, the others by when they last did something; each time the latest first. */
 function byInterest(one, other) {
   if (one.live !== other.live) return one.live ? -1 : 1;
+  if (isWaiting(one) !== isWaiting(other)) return isWaiting(one) ? 1 : -1;
   return one.live ? other.created - one.created : other.active - one.active;
 }
 
@@ -78,7 +80,7 @@ function makeWelcome(openGraph) {
   );
   const steps = [
     element("li", {}, "Open a training graph:", open),
-    element("li", {}, "Choose your model in Base Model and your clips in Dataset From Folder."),
+    element("li", {}, "Choose your model in Base Model and your clips in Dataset from Folder."),
     element("li", {}, "Press Run. The training appears here and goes on in the background: you can use ComfyUI meanwhile, or close it."),
   ];
   const title = element("p", { textContent: "Nothing has been trained yet. Your first LoRA:" });

@@ -2,7 +2,7 @@
 
 import { curve, steer } from "./runs.js";
 import { drawSparkline, makeSparkline } from "./sparkline.js";
-import { ago, choicesOf, leftOf, lossOf, noteOf, shareOf, speedOf, stateOf, stepsOf } from "./words.js";
+import { ago, choicesOf, counted, leftOf, lossOf, noteOf, shareOf, speedOf, stateOf, stepsOf } from "./words.js";
 
 const BUTTONS = {
   pause: ["Pause", "pi-pause", "Stop for now and free the card; goes on where it was"],
@@ -60,7 +60,7 @@ function update(card, run) {
   card.root.dataset.tone = tone;
   write(card.name, run.name, run.name);
   write(card.state, word);
-  write(card.steps, run.state === "done" ? `${run.step} steps` : stepsOf(run));
+  write(card.steps, run.state === "done" ? counted(run.step) : stepsOf(run));
   write(card.left, run.live ? leftOf(run) : ago(run.active));
   write(card.loss, lossOf(run));
   write(card.speed, run.live ? speedOf(run) : "");
@@ -87,7 +87,7 @@ function write(target, text, title) {
 function drawBar(card, run) {
   const share = shareOf(run);
   card.bar.hidden = run.state === "done" || run.state === "new";
-  card.bar.classList.toggle("vt-unknown", ["starting", "loading"].includes(card.state.textContent));
+  card.bar.classList.toggle("vt-unknown", card.state.textContent === "starting");
   card.bar.firstChild.style.width = `${100 * (share ?? 0)}%`;
 }
 

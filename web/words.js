@@ -14,9 +14,21 @@ const STATES = {
 /** [the word for what a run is doing, the tone it is shown in (live, waiting, held, failed, done)]. */
 export function stateOf(run) {
   if (run.live && run.request) return [run.request === "stop" ? "stopping" : "pausing", "held"];
-  if (run.live && run.state === "queued" && run.message) return ["waiting", "waiting"];
-  if (run.live && run.state === "training" && run.seconds_per_step == null) return ["loading", "live"];
+  if (isWaiting(run)) return ["waiting", "waiting"];
+  if (run.live && run.state === "training" && run.seconds_per_step == null) return ["starting", "live"];
   return STATES[run.state] ?? [run.state, "waiting"];
+}
+
+/** Whether it lives but another run has the card. */
+export function isWaiting(run) {
+  return run.live && run.state === "queued" && Boolean(run.message);
+}
+
+/** "1 running, 2 waiting"; "" when no run lives. */
+export function countsOf(runs) {
+  const waiting = runs.filter(isWaiting).length;
+  const running = runs.filter((run) => run.live).length - waiting;
+  return [running ? `${running} running` : "", waiting ? `${waiting} waiting` : ""].filter(Boolean).join(", ");
 }
 
 /** Steps done, 0 to 1; null when the total is not known yet. */
@@ -27,8 +39,13 @@ export function shareOf(run) {
 /** "340 of 2000 steps (17 %)"; "2000 steps" when none is done yet. */
 export function stepsOf(run) {
   const share = shareOf(run);
-  if (share === null || !run.step) return `${run.step || run.total_steps || "?"} steps`;
-  return `${run.step} of ${run.total_steps} steps (${Math.floor(100 * share)} %)`;
+  if (share === null || !run.step) return counted(run.step || run.total_steps || "?");
+  return `${run.step} of ${counted(run.total_steps)} (${Math.floor(100 * share)} %)`;
+}
+
+/** "1 step", "2000 steps" */
+export function counted(steps) {
+  return `${steps} ${steps === 1 ? "step" : "steps"}`;
 }
 
 /** "loss 0.0812", or "" before the first step. */

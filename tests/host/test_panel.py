@@ -96,14 +96,15 @@ def test_every_state_has_its_word_its_buttons_and_its_reason(tab, any_server):
             "was-killed": ("interrupted", ["Resume"]),
             "has-failed": ("failed", ["Resume"]),
             "trains": ("training", ["Pause", "Stop"]),
-            "loads": ("loading", ["Pause", "Stop"]),
+            "loads": ("starting", ["Pause", "Stop"]),
             "waits": ("waiting", ["Pause", "Stop"]),
         }
         for name, (word, buttons) in told.items():
             _card(tab, name).locator(".vt-state", has_text=re.compile(f"^{word}$")).wait_for()
             assert _buttons(tab, name) == buttons, name
         names = tab.locator(".vt-name").all_inner_texts()
-        assert set(names[:3]) == {"trains", "loads", "waits"}, "what is going on comes first"
+        assert names[:3] == ["loads", "trains", "waits"], "what is going on comes first, and what waits after it"
+        assert tab.locator(".vt-count").inner_text() == "2 running, 1 waiting"
         _shows(tab, "trains", "40 of 100 steps (40 %)")
         _shows(tab, "trains", "about 2 min left")
         _shows(tab, "waits", "waiting for cuda:0, which another run uses")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from trainers.job import parse_job
@@ -56,6 +58,20 @@ def test_a_resumed_run_is_where_it_writes_not_where_it_was(run):
     for step in (1, 2, 3, 4, 2):
         run.metrics(step=step, loss=0.5, seconds=1.0)
     assert run.status().step == 2
+
+
+def test_a_run_that_starts_again_has_no_pace_before_its_first_step(run):
+    for step in (1, 2):
+        run.metrics(step=step, loss=0.5, seconds=2.0)
+    metrics = run.folder / "metrics.jsonl"
+    os.utime(metrics, (metrics.stat().st_atime, metrics.stat().st_mtime - 60))
+    run.event("resumed", step=2)
+    assert run.status().seconds_per_step == 2.0, "the pace of a run that does not live is what it was"
+    with run.lock():
+        status = run.status()
+        assert (status.step, status.loss, status.seconds_per_step, status.eta_seconds) == (2, 0.5, None, None)
+        run.metrics(step=3, loss=0.5, seconds=2.0)
+        assert run.status().eta_seconds == 2.0 * 97
 
 
 def test_a_loss_that_is_no_number_is_left_out(run):

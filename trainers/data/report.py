@@ -157,6 +157,8 @@ def _is_enlarged(window: Window) -> bool:
 def _captions(clips: Sequence[Clip]) -> list[str]:
     words = sorted(len(clip.caption.split()) for clip in clips)
     different = len({clip.caption for clip in clips})
+    if words[0] == words[-1]:
+        return [f"captions: {different} different, {_counted(words[0], 'word')}" + (" each" if len(words) > 1 else "")]
     return [f"captions: {different} different, {words[0]} to {words[-1]} words, half of them at least {words[len(words) // 2]}"]
 
 

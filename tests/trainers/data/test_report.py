@@ -62,6 +62,8 @@ def test_the_summary_counts_what_is_there_without_any_geometry():
         "  bad.mp4: it is bad; it must be good. Mend it.",
     ]
     assert "frames a second" not in summary(Dataset(clips[3:]))
+    assert summary(Dataset(clips[3:])).endswith("captions: 1 different, 1 word each")
+    assert summary(Dataset(clips[:1])).endswith("captions: 1 different, 2 words")
 
 
 def test_the_listing_pages_and_tells_what_a_model_makes_of_each_clip():
