@@ -107,7 +107,7 @@ class Graph:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.6, "offset": [120, 160]}},
+            "extra": {"ds": {"scale": 0.65, "offset": [130, 150]}},
             "version": 0.4,
         }
 

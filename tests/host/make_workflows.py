@@ -62,95 +62,94 @@ def text(workflow: Mapping[str, Any]) -> str:
 
 
 def _wan21_train(graph: Graph) -> None:
-    graph.note((-440, 0), (400, 640), WAN21_TRAIN_NOTE + _links(WAN_13B, WAN_VAE, UMT5), "Start here")
+    graph.note((0, 40), (320, 640), WAN21_TRAIN_NOTE + _links(WAN_13B, WAN_VAE, UMT5), "Start here")
     base = graph.node(
         "VideoTrainer_BaseModel",
-        (0, 60),
-        (380, 300),
+        (380, 60),
+        (340, 300),
         transformer=WAN_13B["name"],
         vae=WAN_VAE["name"],
         text_encoder=UMT5["name"],
         models=[WAN_13B, WAN_VAE, UMT5],
     )
-    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 420), (380, None), wires={"base": (base, "base")})
-    graph.group("Step 1 - Model", -20, 0, 400, 560)
-    clips = graph.node("VideoTrainer_DatasetFromFolder", (440, 60), (400, 300), folder="my_clips", held_out=0.1)
-    looked_at = graph.node("VideoTrainer_InspectDataset", (440, 420), (400, 640), max_clips=4, wires={"dataset": (clips, "dataset")})
-    graph.group("Step 2 - Your clips", 420, 0, 860, 1080)
+    encoders = graph.node("VideoTrainer_LoadEncoders", (380, 420), (340, None), wires={"base": (base, "base")})
+    graph.group("Step 1 - Model", 360, 0, 740, 560)
+    clips = graph.node("VideoTrainer_DatasetFromFolder", (780, 60), (420, 280), folder="my_clips", held_out=0.1)
+    looked_at = graph.node("VideoTrainer_InspectDataset", (780, 400), (420, 620), max_clips=4, wires={"dataset": (clips, "dataset")})
+    graph.group("Step 2 - Clips", 760, 0, 1220, 1040)
     size = {"width": 480, "height": 480, "num_frames": 33}
     encoded = graph.node(
         "VideoTrainer_EncodeDataset",
-        (900, 60),
-        (380, 400),
+        (1260, 60),
+        (320, 400),
         wires={"dataset": (looked_at, "dataset"), "base": (base, "base"), "vae": (encoders, "vae"), "clip": (encoders, "clip")},
         **size,
     )
     previews = graph.node(
         "VideoTrainer_Previews",
-        (900, 520),
-        (380, 460),
+        (1260, 520),
+        (320, 480),
         prompts="a kitten playing the piano",
         negative=WAN_NEGATIVE,
         wires={"base": (base, "base"), "clip": (encoders, "clip")},
         **size,
     )
-    graph.group("Step 3 - Size, previews", 880, 0, 1300, 1080)
+    graph.group("Step 3 - Size", 1240, 0, 1600, 1040)
     run = graph.node(
         "VideoTrainer_TrainLoRA",
-        (1340, 60),
-        (400, 560),
+        (1640, 60),
+        (340, 520),
         name="kitten",
         wires={"base": (base, "base"), "encoded": (encoded, "encoded"), "previews": (previews, "previews")},
     )
-    graph.group("Step 4 - Name, then Run", 1320, 0, 1760, 660)
-    graph.node("VideoTrainer_WaitForRun", (1340, 760), (400, None), mode=BYPASSED, wires={"run": (run, "run")})
-    graph.note((1340, 960), (400, 90), WAIT_NOTE, "About Wait For Run")
+    graph.group("Step 4 - Train", 1620, 0, 2000, 620)
+    graph.node("VideoTrainer_WaitForRun", (1640, 700), (340, 180), mode=BYPASSED, wires={"run": (run, "run")})
+    graph.note((1640, 940), (340, 100), WAIT_NOTE, "About Wait For Run")
 
 
 def _wan21_t2v(graph: Graph) -> None:
-    graph.note((-440, 0), (400, 420), WAN21_T2V_NOTE, "Start here")
-    model = graph.node("UNETLoader", (0, 60), (380, 82), unet_name=WAN_13B["name"], weight_dtype="default", models=[WAN_13B])
-    clip = graph.node("CLIPLoader", (0, 200), (380, 106), clip_name=UMT5["name"], type="wan", models=[UMT5])
-    vae = graph.node("VAELoader", (0, 360), (380, 60), vae_name=WAN_VAE["name"], models=[WAN_VAE])
-    graph.group("Step 1 - Load models", -20, 0, 400, 440)
-    lora = graph.node("VideoTrainer_ApplyLoRA", (440, 60), (380, 260), lora="none", wires={"model": (model, "MODEL")})
-    graph.group("Step 2 - Your LoRA", 420, 0, 840, 440)
-    latents = graph.node("EmptyHunyuanLatentVideo", (0, 540), (380, 130), width=480, height=480, length=33)
-    graph.group("Step 3 - Video size", -20, 480, 400, 860)
+    graph.note((0, 40), (300, 420), WAN21_T2V_NOTE, "Start here")
+    model = graph.node("UNETLoader", (360, 60), (360, 82), unet_name=WAN_13B["name"], weight_dtype="default", models=[WAN_13B])
+    clip = graph.node("CLIPLoader", (360, 200), (360, 106), clip_name=UMT5["name"], type="wan", models=[UMT5])
+    vae = graph.node("VAELoader", (360, 360), (360, 60), vae_name=WAN_VAE["name"], models=[WAN_VAE])
+    graph.group("Step 1 - Load models", 340, 0, 740, 440)
+    lora = graph.node("VideoTrainer_ApplyLoRA", (780, 60), (360, 260), lora="none", wires={"model": (model, "MODEL")})
+    graph.group("Step 2 - Your LoRA", 760, 0, 1160, 440)
+    latents = graph.node("EmptyHunyuanLatentVideo", (360, 540), (360, 130), width=480, height=480, length=33)
+    graph.group("Step 3 - Video size", 340, 480, 740, 860)
     words = "a kitten playing the piano"
-    positive = graph.node("CLIPTextEncode", (440, 540), (380, 120), text=words, title="Prompt", wires={"clip": (clip, "CLIP")})
+    positive = graph.node("CLIPTextEncode", (780, 540), (360, 120), text=words, title="Prompt", wires={"clip": (clip, "CLIP")})
     negative = graph.node(
-        "CLIPTextEncode", (440, 710), (380, 130), text=WAN_NEGATIVE, title="Negative prompt", wires={"clip": (clip, "CLIP")}
+        "CLIPTextEncode", (780, 710), (360, 130), text=WAN_NEGATIVE, title="Negative prompt", wires={"clip": (clip, "CLIP")}
     )
-    graph.group("Step 4 - Prompt", 420, 480, 840, 860)
+    graph.group("Step 4 - Prompt", 760, 480, 1160, 860)
     prompt = {"positive": (positive, "CONDITIONING"), "negative": (negative, "CONDITIONING"), "latent_image": (latents, "LATENT")}
     numbers = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "shift": 8.0, "fps": 16.0}
-    _sample(graph, (900, 60), (lora, "model"), prompt, (vae, "VAE"), prefix="video/kitten", **numbers)
-    graph.group("Step 5 - Press Run", 880, 0, 1980, 860)
+    _sample(graph, (1200, 60), (lora, "model"), prompt, (vae, "VAE"), prefix="video/kitten", **numbers)
+    graph.group("Step 5 - Press Run", 1180, 0, 1880, 860)
 
 
 def _tiny_wan(graph: Graph) -> None:
-    graph.note((-440, 0), (400, 520), TINY_NOTE, "Start here")
-    base = graph.node("VideoTrainer_BaseModel", (0, 60), (340, 300), transformer=TINY, vae=TINY, text_encoder=TINY)
-    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 420), (340, 110), wires={"base": (base, "base")})
-    model = graph.node("VideoTrainer_LoadTransformer", (0, 580), (340, None), wires={"base": (base, "base")})
-    graph.group("Step 1 - Model", -20, 0, 360, 740)
-    clips = graph.node("VideoTrainer_DatasetFromFolder", (400, 60), (400, 300), folder=SHAPES, held_out=0.1)
-    looked_at = graph.node("VideoTrainer_InspectDataset", (400, 420), (400, 640), max_clips=4, wires={"dataset": (clips, "dataset")})
-    graph.group("Step 2 - Clips", 380, 0, 820, 1080)
+    graph.note((0, 40), (340, 400), TINY_NOTE, "Start here")
+    base = graph.node("VideoTrainer_BaseModel", (0, 560), (340, 280), transformer=TINY, vae=TINY, text_encoder=TINY)
+    encoders = graph.node("VideoTrainer_LoadEncoders", (0, 890), (340, 110), wires={"base": (base, "base")})
+    model = graph.node("VideoTrainer_LoadTransformer", (0, 1050), (340, None), wires={"base": (base, "base")})
+    graph.group("Step 1 - Model", -20, 500, 360, 1180)
+    clips = graph.node("VideoTrainer_DatasetFromFolder", (400, 60), (340, 300), folder=SHAPES, held_out=0.1)
     encoded = graph.node(
         "VideoTrainer_EncodeDataset",
-        (860, 60),
-        (340, 400),
+        (400, 420),
+        (340, 420),
         width=64,
         height=64,
         num_frames=9,
-        wires={"dataset": (looked_at, "dataset"), "base": (base, "base"), "vae": (encoders, "vae"), "clip": (encoders, "clip")},
+        wires={"dataset": (clips, "dataset"), "base": (base, "base"), "vae": (encoders, "vae"), "clip": (encoders, "clip")},
     )
+    graph.group("Step 2 - Clips", 380, 0, 760, 880)
     run = graph.node(
         "VideoTrainer_TrainLoRA",
-        (1240, 60),
-        (360, 460),
+        (800, 60),
+        (340, 480),
         name="diagonally",
         trigger_words="diagonally",
         steps=100,
@@ -164,21 +163,21 @@ def _tiny_wan(graph: Graph) -> None:
         gradient_checkpointing=False,
         wires={"base": (base, "base"), "encoded": (encoded, "encoded")},
     )
-    wait = graph.node("VideoTrainer_WaitForRun", (1240, 600), (360, 220), wires={"run": (run, "run")})
-    graph.group("Step 3 - Encode and train", 840, 0, 1620, 860)
+    wait = graph.node("VideoTrainer_WaitForRun", (800, 600), (340, 240), wires={"run": (run, "run")})
+    graph.group("Step 3 - Train", 780, 0, 1160, 880)
     lora = graph.node(
-        "VideoTrainer_ApplyLoRA", (1660, 60), (320, 240), lora="none", wires={"model": (model, "model"), "run": (wait, "run")}
+        "VideoTrainer_ApplyLoRA", (1200, 60), (300, 240), lora="none", wires={"model": (model, "model"), "run": (wait, "run")}
     )
     positive = graph.node(
-        "CLIPTextEncode", (1660, 360), (320, 110), text="a red circle moving diagonally", wires={"clip": (encoders, "clip")}
+        "CLIPTextEncode", (1200, 360), (300, 110), text="a red circle moving diagonally", wires={"clip": (encoders, "clip")}
     )
-    negative = graph.node("CLIPTextEncode", (1660, 520), (320, 90), text="", wires={"clip": (encoders, "clip")})
-    latents = graph.node("EmptyHunyuanLatentVideo", (1660, 670), (320, 130), width=64, height=64, length=9)
+    negative = graph.node("CLIPTextEncode", (1200, 520), (300, 90), text="", wires={"clip": (encoders, "clip")})
+    latents = graph.node("EmptyHunyuanLatentVideo", (1200, 670), (300, 130), width=64, height=64, length=9)
     prompt = {"positive": (positive, "CONDITIONING"), "negative": (negative, "CONDITIONING"), "latent_image": (latents, "LATENT")}
     numbers = {"steps": 20, "cfg": 3.0, "sampler_name": "euler", "shift": 3.0, "fps": 8.0}
-    _sample(graph, (2020, 60), (lora, "model"), prompt, (encoders, "vae"), prefix="video/with_lora", title="with the LoRA", **numbers)
-    _sample(graph, (2020, 560), (model, "model"), prompt, (encoders, "vae"), prefix="video/without", title="without", **numbers)
-    graph.group("Step 4 - Use it", 1640, 0, 3120, 1060)
+    _sample(graph, (1540, 60), (lora, "model"), prompt, (encoders, "vae"), prefix="video/with_lora", title="with the LoRA", **numbers)
+    _sample(graph, (1540, 680), (model, "model"), prompt, (encoders, "vae"), prefix="video/without", title="without", **numbers)
+    graph.group("Step 4 - Use it", 1180, 0, 2240, 1260)
 
 
 def _sample(
@@ -196,14 +195,14 @@ def _sample(
     prefix: str,
     title: str = "",
 ) -> None:
-    """From noise to a saved video: a column for the sampler, and one for what follows."""
+    """From noise to a saved video: a column for the sampler and what follows, and one for the video."""
     left, top = position
     behind = f" ({title})" if title else ""
-    shifted = graph.node("ModelSamplingSD3", (left, top), (320, 58), shift=shift, wires={"model": model})
+    shifted = graph.node("ModelSamplingSD3", (left, top), (300, 58), shift=shift, wires={"model": model})
     sampled = graph.node(
         "KSampler",
-        (left, top + 110),
-        (320, 300),
+        (left, top + 100),
+        (300, 262),
         steps=steps,
         cfg=cfg,
         sampler_name=sampler_name,
@@ -212,12 +211,12 @@ def _sample(
         title=f"KSampler{behind}",
         wires={"model": (shifted, "MODEL"), **prompt},
     )
-    decoded = graph.node("VAEDecode", (left + 360, top), (320, 46), wires={"samples": (sampled, "LATENT"), "vae": vae})
-    video = graph.node("CreateVideo", (left + 360, top + 110), (320, 78), fps=fps, wires={"images": (decoded, "IMAGE")})
+    decoded = graph.node("VAEDecode", (left, top + 410), (300, 46), wires={"samples": (sampled, "LATENT"), "vae": vae})
+    video = graph.node("CreateVideo", (left + 340, top), (320, 78), fps=fps, wires={"images": (decoded, "IMAGE")})
     graph.node(
         "SaveVideo",
-        (left + 720, top),
-        (340, 460),
+        (left + 340, top + 120),
+        (320, 420),
         filename_prefix=prefix,
         title=f"Save Video{behind}",
         wires={"video": (video, "VIDEO")},

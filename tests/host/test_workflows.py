@@ -15,6 +15,16 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 MODELS = {file["name"]: file["directory"] for path in WORKFLOWS for node in json.loads(path.read_text("utf-8"))["nodes"]
           for file in node["properties"].get("models", [])}  # fmt: skip
 TITLE_HEIGHT = 30
+SIDEBAR_WIDTH = 48
+READABLE_SCALE = 0.5
+NOTE_ON_SCREEN = """() => {
+  const note = app.graph._nodes.find((node) => node.title === "Start here");
+  const { scale, offset } = app.canvas.ds;
+  const place = (x, y) => [(x + offset[0]) * scale, (y + offset[1]) * scale];
+  const [x, y] = note.pos;
+  return [...place(x, y - 30), ...place(x + note.size[0], y + note.size[1]), scale];
+}"""
+"""Left, top, right and bottom of the note that says what to do first, in pixels of the page, and the page's scale."""
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +80,17 @@ def test_a_page_opens_it_as_it_was_meant(path: Path, front_end: str, pages, requ
         places = page.evaluate(
             "() => app.graph._nodes.map(node => ({title: node.title, x: node.pos[0], y: node.pos[1], w: node.size[0], h: node.size[1]}))"
         )
+        left, top, right, bottom, scale = page.evaluate(NOTE_ON_SCREEN)
         missing = page.evaluate("() => app.graph._nodes.filter(node => node.has_errors).map(node => node.type)")
         assert page.errors == []
     assert missing == []
     assert _inputs(api) == _inputs(convert_ui_to_api(workflow, server.object_info()))
     assert _overlaps(places) == []
+    assert left >= SIDEBAR_WIDTH
+    assert top >= 0
+    assert right <= 1600
+    assert bottom <= 900
+    assert scale >= READABLE_SCALE
 
 
 def _inputs(api: dict[str, Any]) -> dict[str, Any]:
