@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..trainers.data.clip_store import store_clip
 from ..trainers.data.contact_sheet import contact_sheet
 from ..trainers.data.listed import ListedClip, listed_dataset, merge
-from ..trainers.data.report import listing, summary
+from ..trainers.data.report import listing, narrow_listing, summary
 from ..trainers.data.scan import Dataset, Progress, fingerprint, scan_folder
 from ..trainers.data.video import VIDEO_SUFFIXES
 from ..trainers.errors import DatasetError, Problem
@@ -262,9 +262,9 @@ class InspectDataset(io.ComfyNode):
             raise DatasetError(Problem(f"first_clip is {first_clip}", f"the data set has {total} clips", f"Use 1 to {total}."))
         shown = dataset.clips[first_clip - 1 : first_clip - 1 + max_clips]
         sheet_BHWC = torch.from_numpy(contact_sheet(shown, first_clip, total)).float()[None] / 255
-        report = listing(dataset, first_clip, max_clips, _rules(base) if base else None)
-        both = ui.PreviewImage(sheet_BHWC, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
-        return io.NodeOutput(dataset, sheet_BHWC, report, ui=both)
+        page = (dataset, first_clip, max_clips, _rules(base) if base else None)
+        both = ui.PreviewImage(sheet_BHWC, cls=cls).as_dict() | ui.PreviewText(narrow_listing(*page)).as_dict()
+        return io.NodeOutput(dataset, sheet_BHWC, listing(*page), ui=both)
 
 
 def _rules(base: Base) -> LatentSpec:

@@ -4,11 +4,13 @@ import { shareOf, stateOf } from "./words.js";
 
 const NAME = "video_trainer_report";
 const PROSE = "12px Arial, sans-serif";
-const TABLE = "10.5px Consolas, Menlo, monospace";
+const MONO = "10.5px Consolas, Menlo, monospace";
 const LINE_PIXELS = 17;
 const PADDING_PIXELS = 8;
 const MARGIN_PIXELS = 10; // what the page leaves free around an element in a node
-const MOST_LINES = 16;
+const MOST_PIXELS = 320;
+const COLUMNS = /\S {2,}\S/; // what stands below each other needs letters of one width
+const TABLE_ROW = /\S {2,}\S.* {2,}\S/; // a row of three columns or more would be torn by a wrap
 const NARROWEST_PIXELS = 260;
 
 let pen = null;
@@ -21,14 +23,28 @@ export function showReport(node, app, text, run = null) {
   const share = run && run.state !== "done" ? shareOf(run) : null;
   if (report.text === text && report.share === share && report.tone === tone) return;
   Object.assign(report, { text, share, tone });
-  report.words.textContent = text;
-  report.font = /\S {2,}\S/.test(text) ? TABLE : PROSE; // columns stand below each other only where letters have one width
-  report.words.style.font = report.font.replace("px", `px/${LINE_PIXELS}px`);
+  report.blocks = text.split("\n\n").map(blockOf);
+  report.words.replaceChildren(...report.blocks.map(elementOf));
   report.root.dataset.tone = tone;
   report.root.hidden = !text;
   report.bar.hidden = share === null;
   report.bar.firstChild.style.width = `${100 * (share ?? 0)}%`;
   fit(node);
+}
+
+/** A paragraph: its lines wrap at the node's edge, those of a table go on to the right. */
+function blockOf(text) {
+  const lines = text.split("\n");
+  return { lines, font: COLUMNS.test(text) ? MONO : PROSE, wraps: !lines.some((line) => TABLE_ROW.test(line)) };
+}
+
+function elementOf({ lines, font, wraps }) {
+  const element = document.createElement("div");
+  element.className = wraps ? "" : "vt-table";
+  element.textContent = lines.join("\n");
+  element.style.font = font.replace("px", `px/${LINE_PIXELS}px`);
+  element.style.minHeight = `${LINE_PIXELS}px`; // one that is empty
+  return element;
 }
 
 function addReport(node, app) {
@@ -38,6 +54,8 @@ function addReport(node, app) {
   const words = document.createElement("div");
   const root = document.createElement("div");
   root.className = "vt-report";
+  root.style.maxHeight = `${MOST_PIXELS}px`;
+  words.style.cssText = `display: grid; grid-template-columns: minmax(0, 1fr); gap: ${LINE_PIXELS}px`; // an empty line between paragraphs
   root.append(bar, words);
   letThePagePanAndZoom(root, app);
   const report = { root, bar, words, text: "", share: null, tone: "" };
@@ -69,24 +87,30 @@ function heightOf(report, nodeWidth) {
   const key = `${nodeWidth} ${report.text}`;
   if (report.measured !== key) {
     report.measured = key;
-    report.lines = Math.min(countLines(report, nodeWidth - 2 * (MARGIN_PIXELS + PADDING_PIXELS)), MOST_LINES);
+    report.lines = countLines(report.blocks, nodeWidth - 2 * (MARGIN_PIXELS + PADDING_PIXELS));
   }
   const bar = report.share === null ? 0 : LINE_PIXELS;
-  return report.lines * LINE_PIXELS + 2 * (MARGIN_PIXELS + PADDING_PIXELS) + bar;
+  return Math.min(report.lines * LINE_PIXELS + 2 * PADDING_PIXELS + bar, MOST_PIXELS) + 2 * MARGIN_PIXELS;
 }
 
-/** How many lines a text takes when it wraps at a width in pixels; counted, since the element may not be on the page yet. */
-function countLines({ text, font }, width) {
+/** How many lines paragraphs take at a width in pixels, with those between them; counted, since the element may not be on the page yet. */
+function countLines(blocks, width) {
   pen ??= document.createElement("canvas").getContext("2d");
-  pen.font = font;
-  return text.split("\n").reduce((lines, line) => lines + Math.max(1, Math.ceil((1.08 * pen.measureText(line).width) / width)), 0);
+  const counts = blocks.map(({ lines, font, wraps }) => {
+    pen.font = font;
+    const widths = lines.map((line) => pen.measureText(line).width);
+    if (!wraps) return lines.length + (Math.max(...widths) > width ? 1 : 0); // the bar to scroll it
+    return widths.reduce((count, long) => count + Math.max(1, Math.ceil((1.08 * long) / width)), 0);
+  });
+  return counts.reduce((sum, count) => sum + count, blocks.length - 1);
 }
 
 function letThePagePanAndZoom(root, app) {
   root.addEventListener(
     "wheel",
     (event) => {
-      const scrolls = root.scrollHeight > root.clientHeight && !event.ctrlKey;
+      const sideways = (event.deltaX || event.shiftKey) && event.target.closest(".vt-table");
+      const scrolls = (root.scrollHeight > root.clientHeight || sideways) && !event.ctrlKey;
       event.stopPropagation();
       if (scrolls) return;
       event.preventDefault();

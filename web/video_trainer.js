@@ -75,12 +75,22 @@ async function refreshLists() {
   while (refreshAgain) {
     refreshAgain = false;
     try {
-      await app.extensionManager.command.execute("Comfy.RefreshNodeDefinitions");
+      await reloadQuietly();
     } catch (error) {
       console.warn("Video Trainer: the LoRA lists could not be refreshed; press R.", error);
     }
   }
   refreshing = false;
+}
+
+/** What the R key does, without its toasts: a training writes many LoRAs. Front ends before `reloadNodeDefs` tell while `vueAppReady`. */
+async function reloadQuietly() {
+  if (app.reloadNodeDefs) return app.reloadNodeDefs();
+  if (!app.updateVueAppNodeDefs) return app.extensionManager.command.execute("Comfy.RefreshNodeDefinitions");
+  let definitions = null;
+  const getNodeDefs = async () => (definitions = await app.getNodeDefs());
+  await Object.create(app, { vueAppReady: { value: false }, getNodeDefs: { value: getNodeDefs } }).refreshComboInNodes();
+  app.updateVueAppNodeDefs(definitions);
 }
 
 async function open(name) {

@@ -35,12 +35,17 @@ def from_clips(captions: Any = "a clip", fps: Any = 16.0, repeats: int = 1, held
 def inspected(dataset: dict[str, Any], first_clip: int = 1, max_clips: int = 8, **more: dict[str, Any]) -> Graph:
     inputs: dict[str, Any] = {"dataset": ["dataset", 0], "first_clip": first_clip, "max_clips": max_clips}
     inputs |= {"base": ["base", 0]} if "base" in more else {}
-    return {"dataset": dataset, "inspect": node("VideoTrainer_InspectDataset", **inputs), **more}
+    return {
+        "dataset": dataset,
+        "inspect": node("VideoTrainer_InspectDataset", **inputs),
+        "told": node("PreviewAny", source=["inspect", 2]),  # the whole report; the node itself shows less
+        **more,
+    }
 
 
 def run(server: Server, graph: Graph) -> str:
     """The report of the node `inspect`."""
-    return server.prompt(graph)["outputs"]["inspect"]["text"][0]
+    return server.prompt(graph)["outputs"]["told"]["text"][0]
 
 
 def refusal(server: Server, graph: Graph) -> str:
@@ -99,13 +104,13 @@ def test_a_changed_folder_is_seen_and_an_unchanged_one_read_once(server: Server,
     assert {"my clips", "my clips/2_twice", SHAPES} <= set(server.choices("VideoTrainer_DatasetFromFolder", "folder"))
     graph = inspected(from_folder("my clips", repeats=3))
     first = server.prompt(graph)
-    assert "18 clips per epoch, 0 held out" in first["outputs"]["inspect"]["text"][0]
+    assert "18 clips per epoch, 0 held out" in first["outputs"]["told"]["text"][0]
     assert first["outputs"]["dataset"]["text"][0].startswith("3 videos")
-    assert cached_nodes(server.prompt(graph)) == {"dataset", "inspect"}
+    assert cached_nodes(server.prompt(graph)) == {"dataset", "inspect", "told"}
     (clips / "001.txt").write_text("something else")
     changed = server.prompt(graph)
     assert cached_nodes(changed) == set()
-    assert "2  something else" in changed["outputs"]["inspect"]["text"][0]
+    assert "2. something else" in changed["outputs"]["told"]["text"][0]
     (clips / "002.mp4").write_bytes((clips / "002.mp4").read_bytes()[:600])
     assert "1 file is not used:\n  2_twice/002.mp4: " in run(server, graph)
 
@@ -141,7 +146,7 @@ def test_a_video_file_is_used_where_it_lies(server: Server, clips: Path, kept: P
     shutil.copy(clips / "000.mp4", server.base_directory / "input" / "walk.mp4")
     report = run(server, inspected(from_clips("a walk", videos=["load", 0]), load=node("LoadVideo", file="walk.mp4")))
     assert "walk.mp4  64x64" in report
-    assert "1  a walk" in report
+    assert "1. a walk" in report
     assert not kept.exists()
 
 
@@ -180,7 +185,7 @@ def test_lists_of_the_core_loaders_keep_their_order(server: Server, kept: Path):
     assert "0 videos (0.0 seconds), 3 images" in report
     table, captions = report.split("\ncaptions\n")
     files = {line.split()[0]: line.split()[1] for line in table.splitlines()[-3:]}
-    for number, caption in (line.split("  all ") for line in captions.splitlines()):
+    for number, caption in (line.split(". all ") for line in captions.splitlines()):
         stored = read_window(kept / files[number], 0, 1, 16)[0]
         assert stored[0, 0].tolist() == list(colours[caption]), "a caption is with its own picture"
 
@@ -219,7 +224,9 @@ def test_merged_sets_are_inspected_with_the_rules_of_a_model(server: Server, cli
         base=node("VideoTrainer_BaseModel", transformer=TINY, variant="read from the file", vae=TINY, text_encoder=TINY),
     )
     outputs = server.prompt(graph)["outputs"]
-    report = outputs["inspect"]["text"][0]
+    report = outputs["told"]["text"][0]
+    assert outputs["inspect"]["text"][0].startswith("The model sees 16 frames")
+    assert "3  002.mp4" in outputs["inspect"]["text"][0]
     assert "94 clips per epoch, 0 held out" in report  # 3 clips x 2 by their folder x 5, and 64
     assert "The model sees 16 frames a second, 4n+1 frames at once, sides in multiples of 16." in report
     rows = [line.split() for line in report.splitlines()]

@@ -241,6 +241,8 @@ def test_a_new_lora_is_in_the_lists_and_the_graph_is_left_alone(tab, any_server)
         _shows(tab, "writes", "LoRA: writes-000005")
         tab.wait_for_function(f"name => {options}.includes(name)", arg=name, timeout=20_000)
         assert json.loads(tab.evaluate("JSON.stringify(window.app.graph.serialize())")) == json.loads(before)
+        tab.wait_for_timeout(300)
+        assert tab.get_by_text("Node definitions updated").count() == tab.get_by_text("Update requested").count() == 0
         run.event("done")
         tab.get_by_text("writes is trained").first.wait_for()
 

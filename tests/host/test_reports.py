@@ -109,6 +109,28 @@ def test_a_returned_text_is_shown_below_the_other_widgets(page, any_server):
     assert hidden <= 0, "a short text is shown whole"
 
 
+def test_the_rows_of_a_table_do_not_wrap_and_prose_does(page):
+    _load(page, _graph())
+    rows = ["    clip       size  seconds", *(f"{number:2}  a.mp4  1280x720     5.06  {60 * 'x'}" for number in range(1, 5))]
+    show = "(await import(module)).showReport(app.graph.getNodeById(id), app, text)"
+    told = f"{40 * 'prose '}\n\n" + "\n".join(rows)
+    page.evaluate(f"async ([module, id, text]) => {{ {show} }}", [_module(page, "report.js"), BASE, told])
+    page.locator(f"{REPORT} .vt-table").wait_for()
+    prose, table = (page.locator(f"{REPORT} > div:last-child > div").nth(index) for index in (0, 1))
+    lines = table.evaluate("table => table.offsetHeight") / 17
+    assert len(rows) <= lines < len(rows) + 1.2, "as many lines as rows, and a bar to scroll them"
+    assert prose.evaluate("prose => prose.offsetHeight") > 2 * 17
+    assert table.evaluate("table => table.scrollWidth > table.clientWidth")
+    assert page.locator(REPORT).first.evaluate("report => report.scrollWidth <= report.clientWidth")
+
+
+def _module(page, name: str) -> str:
+    """The address that the page has loaded one of the pack's scripts from."""
+    return page.evaluate(
+        "name => performance.getEntriesByType('resource').map(entry => entry.name).find(n => n.endsWith('/' + name))", name
+    )
+
+
 def test_a_report_is_neither_saved_nor_part_of_the_prompt(page, any_server):
     graph = _graph(variant=_another_variant(any_server))
     _load(page, graph)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..family import LatentSpec
 from .buckets import Plan, Window
@@ -13,6 +13,9 @@ from .scan import Clip, Dataset, Rejected
 _SHOWN_FILES = 50
 _SHOWN_KINDS = 6
 _NAMES = ("clip", "bucket")
+_GAP = "  "
+_NARROW = 56  # letters of one width that fit into a node of 400 pixels
+_SHORTEST_NAME = 12
 
 
 def summary(dataset: Dataset) -> str:
@@ -21,51 +24,84 @@ def summary(dataset: Dataset) -> str:
 
 
 def listing(dataset: Dataset, first: int, most: int, spec: LatentSpec | None = None) -> str:
-    """As the summary, with a row and the caption of up to `most` clips from number `first` (1 is the first).
+    """As the summary, with a row and the caption of up to `most` clips from number `first` (1 is the first); there must be one.
 
     With the rules of a model also what it makes of them: the frames at its rate, the longest window, the largest size
     without enlarging.
     """
     clips = dataset.clips[first - 1 : first - 1 + most]
-    head = ("", "clip", "size", "seconds", "frames", "fps", "repeats", *(_fitted_head(spec) if spec else ()))
-    rows = [(str(number), *_row(clip), *(_fitted(clip, spec) if spec else ())) for number, clip in enumerate(clips, first)]
-    captions = [f"{number}  {' '.join(clip.caption.split())}" for number, clip in enumerate(clips, first)]
-    rules = [_rules(dataset.clips, spec), ""] if spec else []
-    parts = [*_overview(dataset.clips), "", *rules, *_table(head, rows), "", "captions", *captions]
+    parts = [*_overview(dataset.clips), "", *_rules(dataset.clips, spec), *_page(_cells(clips, first, spec), clips, first)]
     return "\n".join([*parts, *_not_used(dataset)])
 
 
-def _row(clip: Clip) -> tuple[str, ...]:
-    info = clip.info
-    length = ("", "image", "") if clip.kind == "image" else (f"{info.duration_seconds:.2f}", str(info.num_frames), f"{info.fps:.4g}")
-    return shown(clip.name), f"{info.width}x{info.height}", *length, "held out" if clip.held_out else str(clip.repeats)
+def narrow_listing(dataset: Dataset, first: int, most: int, spec: LatentSpec | None = None) -> str:
+    """The listing without the summary, its table narrow enough for a node: names shortened, what is the same for all left out."""
+    clips = dataset.clips[first - 1 : first - 1 + most]
+    left_out = {"size", "frames", "fps"} if spec else set()
+    if all(clip.repeats == 1 and not clip.held_out for clip in clips):
+        left_out.add("repeats")
+    rows = [{title: cell for title, cell in row.items() if title not in left_out} for row in _cells(clips, first, spec)]
+    others = sum(max(len(title), *(len(row[title]) for row in rows)) + len(_GAP) for title in rows[0] if title != "clip")
+    for row in rows:
+        row["clip"] = _shortened(row["clip"], max(_NARROW - others, _SHORTEST_NAME))
+    return "\n".join([*_rules(dataset.clips, spec), *_page(rows, clips, first)])
 
 
-def _fitted_head(spec: LatentSpec) -> tuple[str, ...]:
-    return f"at {spec.fps:g} fps", "longest window", "largest size"
+def _page(rows: Sequence[Mapping[str, str]], clips: Sequence[Clip], first: int) -> list[str]:
+    """A table, and under it the captions."""
+    captions = [f"{number}. {' '.join(clip.caption.split())}" for number, clip in enumerate(clips, first)]
+    return [*_table(tuple(rows[0]), [tuple(row.values()) for row in rows]), "", "captions", *captions]
 
 
-def _fitted(clip: Clip, spec: LatentSpec) -> tuple[str, ...]:
+def _cells(clips: Sequence[Clip], first: int, spec: LatentSpec | None) -> list[dict[str, str]]:
+    """For each clip: title of the column -> what stands in it."""
+    return [{"": str(number), **_row(clip), **(_fitted(clip, spec) if spec else {})} for number, clip in enumerate(clips, first)]
+
+
+def _shortened(name: str, most: int) -> str:
+    """A file's name without its folders in at most `most` letters, its middle left out: names of clips differ at their ends."""
+    name = name.rpartition("/")[2]
+    end = (most - 3) // 2
+    return name if len(name) <= most else f"{name[: most - 3 - end]}...{name[-end:]}"
+
+
+def _row(clip: Clip) -> dict[str, str]:
+    info, is_image = clip.info, clip.kind == "image"
+    return {
+        "clip": shown(clip.name),
+        "size": f"{info.width}x{info.height}",
+        "seconds": "" if is_image else f"{info.duration_seconds:.2f}",
+        "frames": "image" if is_image else str(info.num_frames),
+        "fps": "" if is_image else f"{info.fps:.4g}",
+        "repeats": "held out" if clip.held_out else str(clip.repeats),
+    }
+
+
+def _fitted(clip: Clip, spec: LatentSpec) -> dict[str, str]:
     there = clip.info.num_frames_at(spec.fps)
     window = spec.floor_num_frames(there)
     sides = [side // spec.spatial_step * spec.spatial_step for side in (clip.info.width, clip.info.height)]
-    size = f"{sides[0]}x{sides[1]}" if all(sides) else "too small"
-    return str(there), "too short" if window == 1 and clip.kind == "video" else str(window), size
+    return {
+        f"at {spec.fps:g} fps": str(there),
+        "longest": "too short" if window == 1 and clip.kind == "video" else str(window),
+        "largest": f"{sides[0]}x{sides[1]}" if all(sides) else "too small",
+    }
 
 
-def _rules(clips: Sequence[Clip], spec: LatentSpec) -> str:
-    """What the model asks of clips, and how long the windows are that these can fill."""
+def _rules(clips: Sequence[Clip], spec: LatentSpec | None) -> list[str]:
+    """What the model asks of clips, how long the windows are that these can fill, and an empty line. Nothing without a model."""
+    if spec is None:
+        return []
     rule = (
         f"The model sees {spec.fps:g} frames a second, {spec.temporal_stride}n+1 frames at once, sides in multiples of {spec.spatial_step}."
     )
     videos = (clip.info.num_frames_at(spec.fps) for clip in clips if clip.kind == "video")
     windows = sorted(spec.floor_num_frames(there) for there in videos if there > spec.temporal_stride)
     if not windows:
-        return rule
+        return [rule, ""]
     middle = windows[(len(windows) - 1) // 2]
-    return (
-        f"{rule}\nVideos that are long enough fill {windows[0]} frames or more, half of them {middle} or more, the longest {windows[-1]}."
-    )
+    fill = f"Videos that are long enough fill {windows[0]} frames or more, half of them {middle} or more, the longest {windows[-1]}."
+    return [rule, fill, ""]
 
 
 def _overview(clips: Sequence[Clip]) -> list[str]:
@@ -172,4 +208,4 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[s
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
         cells = [cell.ljust(width) if title in _NAMES else cell.rjust(width) for cell, title, width in zip(row, head, widths, strict=True)]
-        yield "  ".join(cells).rstrip()
+        yield _GAP.join(cells).rstrip()

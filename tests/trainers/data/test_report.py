@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from trainers.data.buckets import Geometry, plan_windows
-from trainers.data.report import listing, report, summary
+from trainers.data.report import listing, narrow_listing, report, summary
 from trainers.data.scan import Clip, Dataset, Rejected
 from trainers.data.video import VideoInfo
 from trainers.errors import Problem
@@ -85,8 +85,26 @@ def test_the_listing_pages_and_tells_what_a_model_makes_of_each_clip():
     assert "1 a.mp4 1285x720 2.00 48 24 3 32 29 1280x720" in rows
     assert "2 b.png 640x8 image 1 1 1 too small" in rows
     assert "3 c.mp4 640x480 0.25 6 24 held out 4 too short 640x480" in rows
-    assert lines[-7:-3] == ["captions", "1  one two", "2  a still", "3  three"]
+    assert lines[-7:-3] == ["captions", "1. one two", "2. a still", "3. three"]
     page = listing(Dataset(clips), 4, 3)
-    assert page.splitlines()[-2:] == ["captions", "4  four"]
+    assert page.splitlines()[-2:] == ["captions", "4. four"]
     assert "a.mp4" not in page
     assert "model" not in page
+
+
+def test_the_narrow_listing_fits_into_a_node_and_leaves_out_what_is_told_elsewhere():
+    info = VideoInfo("video", 121, 23.976, 1280, 720, 5.05)
+    names = [f"holiday/a walk along the river in the evening {number:02}.mp4" for number in range(1, 13)]
+    clips = tuple(Clip(f"/{name}", name, "a walk", info) for name in names)
+    rejected = (Rejected("bad.mp4", Problem("it is bad", "it must be good", "Mend it.")),)
+    plain, fitted = narrow_listing(Dataset(clips, rejected), 11, 2), narrow_listing(Dataset(clips), 11, 2, SPEC)
+    assert plain.splitlines()[0].split() == ["clip", "size", "seconds", "frames", "fps"]
+    assert plain.splitlines()[3:] == ["", "captions", "11. a walk", "12. a walk"]
+    assert plain.splitlines()[2].startswith("12  a walk a... 12.mp4  1280x720")
+    rules, table, _ = fitted.split("\n\n")
+    assert rules.startswith("The model sees 16 frames a second")
+    assert table.splitlines()[0].split() == ["clip", "seconds", "at", "16", "fps", "longest", "largest"]
+    for line in (plain.splitlines()[:3], table.splitlines()):
+        assert max(map(len, line)) <= 56
+    held_out = Clip("/b.mp4", "b.mp4", "b", info, held_out=True)
+    assert "held out" in narrow_listing(Dataset((*clips, held_out)), 13, 1)
