@@ -12,7 +12,7 @@ with some packages in versions that users have. Into it goes requirements.txt in
     pip       `pip install -r requirements.txt`, by hand
 
 Looked at before and after: versions, `pip check`, whether ComfyUI's tokenizers answer as before, whether ComfyUI starts (after:
-with the pack, and its nodes are there), and after: whether the worker trains. About two minutes each; needs a package index.
+with the pack, and its nodes are there), and after: whether the worker trains. A minute or more each; needs a package index.
 """
 
 from __future__ import annotations
@@ -177,16 +177,22 @@ def _try(call: Any) -> Any:
         return [line for line in str(error).splitlines() if line.strip()][-1]
 
 
-def measure(name: str, way: str, folder: Path, comfyui: ComfyUI, requirements: Path) -> dict[str, Any]:
-    """One case, as it goes into the result file. The host is removed again."""
+def measure(name: str, ways: list[str], folder: Path, comfyui: ComfyUI, requirements: Path) -> Iterator[dict[str, Any]]:
+    """The cases of one host, as they go into the result file."""
     host = make_host(folder / "host", comfyui, HOSTS[name])
     before = look_at(host, comfyui, folder / "before", packs={})
+    for way in ways:
+        copied = Environment(folder / way / "host")
+        shutil.copytree(host.folder, copied.folder, copy_function=os.link, symlinks=True)
+        yield {"host": name, "way": way} | _after(copied, before, way, folder / way, comfyui, requirements)
+        shutil.rmtree(folder / way)
+
+
+def _after(host: Environment, before: State, way: str, folder: Path, comfyui: ComfyUI, requirements: Path) -> dict[str, Any]:
     warnings = install(host, requirements, way)
     after = look_at(host, comfyui, folder / "after", packs=None)
     trained = _try(lambda: train_by_path(folder / "training", host.python, "-I", environment=comfyui.environment) and True)
     return {
-        "host": name,
-        "way": way,
         "changed": dict(_changes(before.versions, after.versions)),
         "downgraded": [f"{package} {old} -> {new}" for package, (old, new) in _pairs(before.versions, after.versions) if new < old],
         "pip check": {"before": before.complaints, "after": after.complaints},
@@ -223,13 +229,14 @@ def main() -> int:
     options = parser.parse_args()
     comfyui, results = find_comfyui(), []
     options.folder.mkdir(parents=True, exist_ok=True)
-    for name, way in CASES:
-        if not re.search(options.only, f"{name}: {way}"):
+    for name in HOSTS:
+        ways = [way for host, way in CASES if host == name and re.search(options.only, f"{name}: {way}")]
+        if not ways:
             continue
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            result = measure(name, way, Path(folder), comfyui, options.requirements)
-        results.append(result | {"clean": is_clean(result)})
-        print(json.dumps(results[-1], indent=1), flush=True)
+            for result in measure(name, ways, Path(folder), comfyui, options.requirements):
+                results.append(result | {"clean": is_clean(result)})
+                print(json.dumps(results[-1], indent=1), flush=True)
         if options.out:
             report = {"comfyui": comfyui.version, "requirements": lines_of(options.requirements), "cases": results}
             options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
