@@ -14,7 +14,7 @@ const PREFIX = "VideoTrainer_";
 const WAIT = `${PREFIX}WaitForRun`;
 const ALWAYS = 0; // mode of a node that is neither muted nor bypassed
 const RUN = "video_trainer_run"; // property of a node: the name of the run that it started or waited for
-const GIVEN_BACK_MILLISECONDS = 300; // after a change of tabs or an undo, the page gives nodes their outputs back a moment later
+const GIVEN_BACK_MILLISECONDS = [300, 1000, 3000]; // after a change of tabs or an undo, the page gives nodes their outputs back a moment later
 
 let refreshing = false;
 let refreshAgain = false;
@@ -46,7 +46,7 @@ app.registerExtension({
     if (!node.comfyClass?.startsWith(PREFIX)) return;
     foldAdvanced(node);
     chain(node, "onExecuted", (output) => executed(node, output));
-    chain(node, "onConfigure", () => setTimeout(() => recall(node), GIVEN_BACK_MILLISECONDS));
+    chain(node, "onConfigure", () => GIVEN_BACK_MILLISECONDS.forEach((time) => setTimeout(() => recall(node), time)));
   },
 });
 
