@@ -14,7 +14,8 @@ const PREFIX = "VideoTrainer_";
 const WAIT = `${PREFIX}WaitForRun`;
 const ALWAYS = 0; // mode of a node that is neither muted nor bypassed
 const RUN = "video_trainer_run"; // property of a node: the name of the run that it started or waited for
-const GIVEN_BACK_MILLISECONDS = [300, 1000, 3000]; // after a change of tabs or an undo, the page gives nodes their outputs back a moment later
+// After a change of tabs or an undo, the page gives nodes their outputs back a moment later; a slow one, a second or more.
+const GIVEN_BACK_MILLISECONDS = [300, 1000, 3000];
 
 let refreshing = false;
 let refreshAgain = false;
