@@ -17,6 +17,7 @@ const RUN = "video_trainer_run"; // property of a node: the name of the run that
 // After a change of tabs or an undo, the page gives nodes their outputs back a moment later; a slow one, a second or more.
 const GIVEN_BACK_MILLISECONDS = [300, 1000, 3000];
 
+const toldIn = new WeakMap(); // {tab of the page: Map {key of a node: its text}}
 let refreshing = false;
 let refreshAgain = false;
 
@@ -112,14 +113,25 @@ function drawBadge() {
 function executed(node, output) {
   const [name] = output?.[RUN] ?? [];
   if (name) node.properties[RUN] = name;
+  told()?.set(keyOf(node), textOf(output));
   drawReport(node, textOf(output));
 }
 
 /** The report of a node that was made anew from a saved graph. */
 function recall(node) {
   if (!node.graph) return; // it was removed meanwhile
-  const key = !node.graph.isRootGraph && node.graph.id ? `${node.graph.id}:${node.id}` : String(node.id);
-  drawReport(node, textOf(app.nodeOutputs?.[key]));
+  drawReport(node, textOf(app.nodeOutputs?.[keyOf(node)]) || told()?.get(keyOf(node)));
+}
+
+/** What the nodes of the open tab have said. The page keeps their outputs too, but not those that come before the answer to its prompt. */
+function told() {
+  const tab = app.extensionManager.workflow?.activeWorkflow;
+  if (tab && !toldIn.has(tab)) toldIn.set(tab, new Map());
+  return toldIn.get(tab);
+}
+
+function keyOf(node) {
+  return !node.graph.isRootGraph && node.graph.id ? `${node.graph.id}:${node.id}` : String(node.id);
 }
 
 function textOf(output) {
