@@ -39,9 +39,10 @@ class GraphEncoder:
 
     def __init__(self, base: Base, vae: Any = None, clip: Any = None, known: Known = Known()) -> None:
         family, variant = family_of(base.variant)
-        check_parts(family, vae, clip)
+        check_parts(family, variant, vae, clip)
         self.family_id = family.id
         self.variant_id = variant.id
+        self._names = family.comfyui(variant)
         self.latent: LatentSpec = family.latent(variant)
         self.negative = family.sampling(variant).negative
         self._vae, self._clip, self._known = vae, clip, known
@@ -72,7 +73,7 @@ class GraphEncoder:
             latents_BCFHW = self._vae.encode(pixels_FHWC)
         except host.Interrupted:
             raise Cancelled from None
-        return latent_format(self.family_id).process_in(latents_BCFHW.float().cpu())
+        return latent_format(self._names).process_in(latents_BCFHW.float().cpu())
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextRecord]:
         """See Encoder. Rows that ComfyUI's CLIP adds as padding are cut off: the training pads by itself."""

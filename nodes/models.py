@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..trainers.checkpoint import Checkpoint
 from ..trainers.errors import CheckpointError, Problem
-from ..trainers.family import Detection, detect, families
+from ..trainers.family import Detection, detect, detect_vae, families, family_of
 from . import host, native
 from .prompt import wired_outputs
 from .records import BASE, Base
@@ -158,12 +158,12 @@ class LoadEncoders(io.ComfyNode):
 
     @classmethod
     def execute(cls, base: Base) -> io.NodeOutput:
-        family = families()[base.family]
+        family, variant = family_of(base.variant)
         texts = [Path(path) for path in base.text_encoders]
         nothing = _nothing(cls.hidden, {"text_encoder": texts, "vae": base.vae, "clip_vision": base.clip_vision})
         return io.NodeOutput(
-            native.load_text_encoders(texts, family) if texts else nothing,
-            native.load_vae(Path(base.vae), family) if base.vae else nothing,
+            native.load_text_encoders(texts, family, variant) if texts else nothing,
+            native.load_vae(Path(base.vae), family, variant) if base.vae else nothing,
             native.load_clip_vision(Path(base.clip_vision)) if base.clip_vision else nothing,
         )
 
@@ -211,8 +211,8 @@ def _text(path: Path | None) -> str | None:
 
 def _checked_vae(path: Path | None, detection: Detection) -> Path | None:
     """The path of a VAE of the model's own family. Raises CheckpointError for another file."""
-    if path and detection.family.detect_vae(Checkpoint.open(path, "vae")) is None:
-        raise CheckpointError(Problem(f"vae is {path.name}", f"{detection.family.title} needs its own VAE", "Choose that file."))
+    if path:
+        detect_vae(Checkpoint.open(path, "vae"), detection.family, detection.variant)
     return path
 
 

@@ -7,7 +7,6 @@ transformers) gets native names first, by the family's own tables.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,27 +20,10 @@ import torch
 
 from ..trainers.checkpoint import Checkpoint
 from ..trainers.errors import CheckpointError, KeyTableError, Problem
-from ..trainers.family import Family
+from ..trainers.family import ComfyNames, Family, Variant, detect_vae
 from ..trainers.load import under_native_names
 from ..trainers.tensor_files import open_tensor_file
 from ..trainers.transformers_folder import TransformersFolder
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What ComfyUI calls a family's parts.
-
-    `clip_type` in `comfy.sd.CLIPType`, `latent_format` in `comfy.latent_formats`; `tokenizer` and `vaes` are names of the
-    classes that its CLIP and VAE objects are made of.
-    """
-
-    clip_type: str
-    latent_format: str
-    tokenizer: str
-    vaes: tuple[str, ...]
-
-
-PARTS = {"wan": Parts("WAN", "Wan21", "WanT5Tokenizer", ("WanVAE", "TAEHV"))}
 
 WEIGHT_DTYPES: Mapping[str, dict[str, Any]] = {
     "default": {},
@@ -57,22 +39,22 @@ _SPIECE_MODEL = "spiece_model"
 State = dict[str, torch.Tensor]
 
 
-def latent_format(family_id: str) -> Any:
-    """ComfyUI's object that knows how the family's latents are normalised."""
-    return getattr(comfy.latent_formats, PARTS[family_id].latent_format)()
+def latent_format(names: ComfyNames) -> Any:
+    """ComfyUI's object that knows how the latents are normalised."""
+    return getattr(comfy.latent_formats, names.latent_format)()
 
 
-def check_parts(family: Family, vae: Any = None, clip: Any = None) -> None:
-    """Raises CheckpointError when a VAE or CLIP object is not of the family; None is not looked at.
+def check_parts(family: Family, variant: Variant, vae: Any = None, clip: Any = None) -> None:
+    """Raises CheckpointError when a VAE or CLIP object is not the variant's; None is not looked at.
 
     Another CLIP would do no harm that anyone sees: core's Load CLIP reads the right file as another type's without a word.
     """
-    parts, problems = PARTS[family.id], []
-    if vae is not None and (kind := type(vae.first_stage_model).__name__) not in parts.vaes:
+    names, problems = family.comfyui(variant), []
+    if vae is not None and (kind := type(vae.first_stage_model).__name__) not in names.vaes:
         problems.append(Problem(f"the VAE is a {kind}", f"{family.title} has its own", "Wire the model's VAE, or Load Encoders."))
-    if clip is not None and (kind := type(clip.tokenizer).__name__) != parts.tokenizer:
-        remedy = f"Choose the type {parts.clip_type.lower()} in Load CLIP, or wire Load Encoders."
-        problems.append(Problem(f"the CLIP reads text with a {kind}", f"{family.title} needs a {parts.tokenizer}", remedy))
+    if clip is not None and (kind := type(clip.tokenizer).__name__) != names.tokenizer:
+        remedy = f"Choose the type {names.clip_type.lower()} in Load CLIP, or wire Load Encoders."
+        problems.append(Problem(f"the CLIP reads text with a {kind}", f"{family.title} needs a {names.tokenizer}", remedy))
     if problems:
         raise CheckpointError(problems)
 
@@ -91,18 +73,19 @@ def load_transformer(path: Path, family: Family, options: dict[str, Any]) -> Any
     return model
 
 
-def load_vae(path: Path, family: Family) -> Any:
+def load_vae(path: Path, family: Family, variant: Variant) -> Any:
     """The VAE of a file, a folder, or a checkpoint that has one."""
     checkpoint = Checkpoint.open(path, "vae")
+    keys = detect_vae(checkpoint, family, variant).vae.keys
     stored, metadata = _read(checkpoint.files)
     state = {name: stored[tensor.key] for name, tensor in checkpoint.tensors.items()}
-    vae = comfy.sd.VAE(sd=under_native_names(state, family.vae_keys), metadata=metadata)
+    vae = comfy.sd.VAE(sd=under_native_names(state, keys), metadata=metadata)
     vae.throw_exception_if_invalid()
     return vae
 
 
-def load_text_encoders(paths: Sequence[Path], family: Family) -> Any:
-    """The CLIP of a family's text encoders: files made for ComfyUI, or folders in transformers' layout."""
+def load_text_encoders(paths: Sequence[Path], family: Family, variant: Variant) -> Any:
+    """The CLIP of a variant's text encoders: files made for ComfyUI, or folders in transformers' layout."""
     folders = [_transformers_folder(path) for path in paths]
     if family.id == "wan" and len(folders) == 1 and folders[0]:
         return _load_umt5(folders[0])
@@ -112,7 +95,7 @@ def load_text_encoders(paths: Sequence[Path], family: Family) -> Any:
     return comfy.sd.load_clip(
         [str(file) for file in files],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=getattr(comfy.sd.CLIPType, PARTS[family.id].clip_type),
+        clip_type=getattr(comfy.sd.CLIPType, family.comfyui(variant).clip_type),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .errors import CheckpointError, Problem
+from .flow import sampling_sigmas
 from .keytable import KeyTable
 
 if TYPE_CHECKING:
@@ -84,10 +85,14 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """One published model of a family."""
+    """One published model of a family.
+
+    `boundary` is the noise level at and above which the high-noise expert works, for models of two experts (Wan 2.2 A14B).
+    """
 
     id: str
     title: str
+    boundary: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class Detection:
     """What a file's header says: the variants it may be (the likeliest first) and the transformer's full config.
 
     `notes` are sentences for the user about what the tensors cannot tell; `reason` is what the choice was made by. `doubt`
-    is what the file's name says against the choice: then only a user who names the variant can make it.
+    is what the file's name says against the choice: then only a user who names the variant can make it. `expert` is "high"
+    or "low" when a name says which of two experts the file is.
     """
 
     family: Family
@@ -104,10 +110,34 @@ class Detection:
     notes: tuple[str, ...] = ()
     reason: str = ""
     doubt: Problem | None = None
+    expert: str | None = None
 
     @property
     def variant(self) -> Variant:
         return self.variants[0]
+
+
+@dataclass(frozen=True)
+class Vae:
+    """One kind of VAE. `variants` are the ids of those it belongs to; empty: all of the family."""
+
+    id: str
+    title: str
+    keys: KeyTable
+    variants: tuple[str, ...] = ()
+
+    def fits(self, variant: Variant) -> bool:
+        return not self.variants or variant.id in self.variants
+
+
+@dataclass(frozen=True)
+class VaeDetection:
+    """What a VAE's header says. `encodes` is False for a file that holds the decoder only."""
+
+    family: Family
+    vae: Vae
+    config: Mapping[str, Any]
+    encodes: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,19 +157,46 @@ class TextBatch:
     pooled_BD: torch.Tensor | None = None
 
 
+FIRST_FRAME = "first_frame"
+FIRST_FRAME_CLIP = "first_frame_clip"
+IMAGE_EMBEDS = "image_embeds"
+IMAGE_TEXT = "image_text"
+"""What `Family.required` may name besides "latents": the latents of the first frame encoded alone (C, 1, H, W); those of a
+clip of the first frame and then mid-grey (C, F, H, W); the image encoder's rows for the first frame (rows, width); captions
+encoded together with the first frame (then there is one text for each window, not for each caption)."""
+
+
+@dataclass(frozen=True)
+class FirstFrameRule:
+    """How a variant is trained on a given first frame: by default for a share of `probability`; `always`: it knows nothing else."""
+
+    probability: float
+    always: bool = False
+
+
 @dataclass(frozen=True)
 class Conditions:
-    """What a sample is conditioned on besides text. Text to video has none."""
+    """What a batch is conditioned on besides text and noise level. Nothing of it: text to video.
+
+    `tensors` by the names above, stacked (B, ...). FIRST_FRAME is there for every variant that can keep a first frame; where
+    latent 0 of a clip is its first frame, it is that. `first_frame_B` (bool) says which samples keep theirs; None: none.
+    `fps_B` are the clips' frames per second (None: the model's own), `guidance` what a guidance-distilled model is told
+    (None: the family's own).
+    """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    first_frame_B: torch.Tensor | None = None
+    fps_B: torch.Tensor | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
 class ModelInput:
     """What the transformer gets, in its own units.
 
-    `latents_BCFHW` noisy latents (with extra channels if the variant has them), `timesteps` (B,) or (B, N),
-    `loss_mask` broadcastable to the velocity (None: everything counts).
+    `latents_BCFHW` noisy latents (with extra channels if the variant has them), `timesteps` (B,) or (B, N). `loss_mask`
+    (broadcastable to the velocity; None: everything counts) is 0 where nothing is predicted: there the latents are clean
+    and given, in training and in sampling.
     """
 
     latents_BCFHW: torch.Tensor
@@ -148,14 +205,41 @@ class ModelInput:
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+def shifted_schedule(steps: int, shift: float, tokens: int) -> list[float]:
+    """`steps + 1` evenly spaced noise levels from 1 to 0, shifted, whatever the number of tokens."""
+    return sampling_sigmas(steps, shift)
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a family is sampled by default: Euler over `steps` sigmas shifted by `shift`, guidance `cfg`."""
+    """How a family is sampled by default: Euler over `schedule(steps, shift, tokens)`, classifier-free guidance `cfg` (1: none).
+
+    `guidance` is what a guidance-distilled model is told; None: the model takes none.
+    """
 
     steps: int
     shift: float
     cfg: float
     negative: str = ""
+    guidance: float | None = None
+    schedule: Callable[[int, float, int], list[float]] = shifted_schedule
+
+
+@dataclass(frozen=True)
+class ComfyNames:
+    """What ComfyUI calls a variant's parts.
+
+    `clip_type` in its CLIPType, `latent_format` among its latent formats; `tokenizer` and `vaes` are names of the classes
+    that its CLIP and VAE objects are made of. `text_encoders` is how many files a CLIP is made of. `image_interleave`: with
+    IMAGE_TEXT, each how many image tokens one is kept.
+    """
+
+    clip_type: str
+    latent_format: str
+    tokenizer: str
+    vaes: tuple[str, ...]
+    text_encoders: int = 1
+    image_interleave: int | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +257,7 @@ class Family(Protocol):
     title: str
     variants: tuple[Variant, ...]
     keys: KeyTable
-    vae_keys: KeyTable
+    vaes: tuple[Vae, ...]
     targets: LoraTargets
     blocks: tuple[str, ...]
     """Names of the transformer's block lists, in the order they run."""
@@ -182,17 +266,22 @@ class Family(Protocol):
 
     def sampling(self, variant: Variant) -> Sampling: ...
 
+    def comfyui(self, variant: Variant) -> ComfyNames: ...
+
+    def first_frame(self, variant: Variant) -> FirstFrameRule | None:
+        """How the variant is trained on first frames; None: it cannot be (text to video only)."""
+
     def detect(self, checkpoint: Checkpoint) -> Detection | None:
         """What the checkpoint is, or None when it is not of this family."""
 
     def build(self, config: Mapping[str, Any]) -> torch.nn.Module:
         """The transformer of a config, on the meta device, in float32."""
 
-    def detect_vae(self, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-        """The config of this family's VAE, or None when the checkpoint is not one."""
+    def detect_vae(self, checkpoint: Checkpoint) -> VaeDetection | None:
+        """Which of this family's VAEs the checkpoint is, or None when it is none of them."""
 
-    def build_vae(self, config: Mapping[str, Any]) -> torch.nn.Module:
-        """The VAE of a config, on the meta device."""
+    def build_vae(self, detection: VaeDetection) -> torch.nn.Module:
+        """The VAE, on the meta device."""
 
     def encode_video(self, vae: torch.nn.Module, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
         """Normalised latents (posterior mean) of pixels in [-1, 1]."""
@@ -200,22 +289,41 @@ class Family(Protocol):
     def decode_video(self, vae: torch.nn.Module, latents_BCFHW: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] of normalised latents."""
 
-    def encode_text(self, tokenizer: Any, text_encoder: torch.nn.Module, prompts: Sequence[str]) -> list[TextRecord]:
-        """One unpadded record per prompt, from the encoder of a diffusers folder."""
+    def encode_text(
+        self, variant: Variant, folder: TextFolder, prompts: Sequence[str], image_HWC: torch.Tensor | None = None
+    ) -> list[TextRecord]:
+        """One unpadded record per prompt, from the encoders of a diffusers folder; with IMAGE_TEXT together with an image."""
+
+    def encode_image(self, folder: TextFolder, image_HWC: torch.Tensor) -> torch.Tensor:
+        """IMAGE_EMBEDS of an image in 0..1; only asked of variants that require it."""
 
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch: ...
 
-    def required(self, variant: Variant, conditions: Sequence[str]) -> frozenset[str]:
-        """What the cache must hold for each clip window: "latents" and, by variant, more."""
+    def required(self, variant: Variant) -> frozenset[str]:
+        """What is encoded for each clip window: "latents" and, by variant, more (see FIRST_FRAME and the names beside it)."""
 
     def prepare(self, variant: Variant, noisy_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions) -> ModelInput:
         """What the transformer gets for latents at noise level `sigma_B`: the same in training and in sampling."""
 
     def predict(self, transformer: torch.nn.Module, inputs: ModelInput, text: TextBatch) -> torch.Tensor:
-        """The velocity (noise - clean), (B, C, F, H, W)."""
+        """The velocity (noise - clean), (B, C, F, H, W); any value where `inputs.loss_mask` is 0."""
 
     def cost(self, config: Mapping[str, Any], latent_shape: tuple[int, int, int, int], text_tokens: int) -> float:
         """FLOPs of one forward pass of one sample."""
+
+
+class TextFolder(Protocol):
+    """The text and image encoders of a diffusers folder, loaded when they are first asked for, one in memory at a time."""
+
+    def tokenizer(self, number: int = 1) -> Any:
+        """`tokenizer`, or `tokenizer_2`."""
+
+    def text_encoder(self, number: int = 1) -> Any:
+        """`text_encoder`, or `text_encoder_2`, on its device."""
+
+    def image_processor(self) -> Any: ...
+
+    def image_encoder(self) -> Any: ...
 
 
 @cache
@@ -224,6 +332,38 @@ def families() -> Mapping[str, Family]:
     package = importlib.import_module(".families", __package__)
     modules = [importlib.import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
     return {module.FAMILY.id: module.FAMILY for module in modules}
+
+
+def detect_vae(checkpoint: Checkpoint, family: Family, variant: Variant | None = None, *, to_encode: bool = False) -> VaeDetection:
+    """Which VAE a checkpoint is, by its header.
+
+    Raises CheckpointError unless it is one of `family`, of `variant` (None: of any), and one that `to_encode` can.
+    """
+    name = checkpoint.path.name
+    found = family.detect_vae(checkpoint)
+    if found is None:
+        others = (vae for other in families().values() if other is not family and (vae := _quiet_vae(other, checkpoint)))
+        other = next(others, None)
+        what = f"is the {other.vae.title}" if other else "is no VAE that is known here"
+        raise CheckpointError(Problem(f"{name} {what}", f"{family.title} needs its own VAE", _vae_remedy(family, variant)))
+    if variant is not None and not found.vae.fits(variant):
+        raise CheckpointError(Problem(f"{name} is the {found.vae.title}", f"{variant.title} has another", _vae_remedy(family, variant)))
+    if to_encode and not found.encodes:
+        value, remedy = f"{name} holds the decoder only", "Give a file with the encoder, or the VAE of the diffusers folder."
+        raise CheckpointError(Problem(value, "clips are encoded with the encoder", remedy))
+    return found
+
+
+def _quiet_vae(family: Family, checkpoint: Checkpoint) -> VaeDetection | None:
+    try:
+        return family.detect_vae(checkpoint)
+    except CheckpointError:
+        return None
+
+
+def _vae_remedy(family: Family, variant: Variant | None) -> str:
+    titles = [vae.title for vae in family.vaes if variant is None or vae.fits(variant)]
+    return f"Give the file or folder of the {' or '.join(titles)}."
 
 
 def family_of(variant_id: str) -> tuple[Family, Variant]:

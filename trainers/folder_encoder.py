@@ -14,7 +14,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, Problem
-from .family import Family, LatentSpec, TextRecord, Variant
+from .family import Family, LatentSpec, TextRecord, Variant, detect_vae
 
 _TOKENIZER_FILES = ("*.json", "*.model", "*.txt")
 
@@ -76,7 +76,7 @@ class FolderEncoder:
         self.variant_id = variant.id
         self.latent: LatentSpec = family.latent(variant)
         self.negative = family.sampling(variant).negative
-        self._family = family
+        self._family, self._variant = family, variant
         self._files = files
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,8 +102,21 @@ class FolderEncoder:
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextRecord]:
         """See Encoder."""
-        tokenizer, text_encoder = self._model("text_encoder")
-        return self._family.encode_text(tokenizer, text_encoder, prompts)
+        return self._family.encode_text(self._variant, self, prompts)
+
+    def tokenizer(self, number: int = 1) -> Any:
+        """See TextFolder."""
+        return self._model("text_encoder")[0]
+
+    def text_encoder(self, number: int = 1) -> Any:
+        """See TextFolder."""
+        return self._model("text_encoder")[1]
+
+    def image_processor(self) -> Any:
+        raise NotImplementedError
+
+    def image_encoder(self) -> Any:
+        raise NotImplementedError
 
     def _model(self, name: str) -> Any:
         """The VAE, or (tokenizer, text encoder); whichever was loaded before makes room."""
@@ -115,7 +128,9 @@ class FolderEncoder:
     def _load_vae(self) -> torch.nn.Module:
         from .load import load_vae
 
-        vae: torch.nn.Module = load_vae(Checkpoint.open(self._files.vae, "vae"), self._family, self._device, torch.float32)
+        checkpoint = Checkpoint.open(self._files.vae, "vae")
+        detection = detect_vae(checkpoint, self._family, self._variant, to_encode=True)
+        vae: torch.nn.Module = load_vae(checkpoint, detection, self._device, torch.float32)
         return vae
 
     def _text_dtype(self) -> torch.dtype | str:

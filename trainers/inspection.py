@@ -112,11 +112,12 @@ def _transformer(checkpoint: Checkpoint) -> Report | None:
 def _vae(checkpoint: Checkpoint) -> Report | None:
     for family in families().values():
         try:
-            config = family.detect_vae(checkpoint)
+            found = family.detect_vae(checkpoint)
         except CheckpointError as error:
             return _report(checkpoint, "VAE", family=family.id, problems=map(str, error.problems))
-        if config is not None:
-            return _report(checkpoint, "VAE", f"of {family.title}", family=family.id, config=config)
+        if found is not None:
+            notes = () if found.encodes else ("it holds the decoder only: previews can be decoded, clips cannot be encoded",)
+            return _report(checkpoint, "VAE", found.vae.title, family=family.id, config=found.config, notes=notes)
     return None
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, KeyTableError, Problem
-from .family import Detection, Family
+from .family import Detection, Family, VaeDetection
 from .keytable import KeyTable, Place
 from .offload.linear import FrozenLinear, dequantise
 from .quantisation import FP8_DTYPES
@@ -53,19 +53,14 @@ def load_transformer(
     return _filled(module, state, device)
 
 
-def load_vae(checkpoint: Checkpoint, family: Family, device: torch.device | str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The family's frozen VAE, in eval mode and in `dtype`; tensors are mapped as in `load_transformer`.
+def load_vae(checkpoint: Checkpoint, detection: VaeDetection, device: torch.device | str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The frozen VAE, in eval mode and in `dtype`; tensors are mapped as in `load_transformer`.
 
-    Raises CheckpointError when the checkpoint is no VAE of the family, or does not fit the model.
+    Raises CheckpointError when the checkpoint does not fit the model.
     """
     device = torch.device(device)
-    config = family.detect_vae(checkpoint)
-    if config is None:
-        raise CheckpointError(
-            Problem(f"{checkpoint.path.name} is no VAE of {family.title}", "it must be one", "Give the VAE's file or folder.")
-        )
-    module = family.build_vae(config).requires_grad_(False).eval()
-    source = _Source(checkpoint, _places(checkpoint, family.vae_keys, module), device)
+    module = detection.family.build_vae(detection).requires_grad_(False).eval()
+    source = _Source(checkpoint, _places(checkpoint, detection.vae.keys, module), device)
     return _filled(module, {name: source.dense(name, dtype) for name in module.state_dict()}, device)
 
 

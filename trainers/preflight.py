@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import pick_device
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
-from .family import Detection, detect, family_of
+from .family import Detection, detect, detect_vae, family_of
 from .job import Job
 from .lora_metadata import describe
 from .optimizers import check_installed
@@ -97,9 +97,7 @@ def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -
         yield Problem("base.vae is missing", "previews must be decoded", "Give base.vae, or set previews.every_steps to 0.")
     else:
         try:
-            checkpoint = Checkpoint.open(job.base.vae, "vae")
-            if detection.family.detect_vae(checkpoint) is None:
-                yield Problem(f"base.vae is {checkpoint.path.name}", f"{detection.family.title} needs its own VAE", "Give that file.")
+            detect_vae(Checkpoint.open(job.base.vae, "vae"), detection.family, detection.variant)
         except VideoTrainerError as error:
             yield from _problems("base.vae", error)
     yield from detection.family.latent(detection.variant).problems(spec.num_frames, spec.height, spec.width)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from .data.video_file import write_video
-from .family import Family, Variant
+from .family import Family, Variant, detect_vae
 from .job import PreviewSpec, due
 from .sample import Solver, decode_frames, preview_noise, sample_latents
 
@@ -69,7 +69,8 @@ class Previews:
         training, spec = self.training, self.training.job.previews
         transformer = training.transformer
         latent = training.family.latent(training.variant)
-        solver = Solver.of(training.family, training.variant, spec.sampling_steps, spec.shift, spec.cfg)
+        tokens = latent.tokens(spec.num_frames, spec.height, spec.width)
+        solver = Solver.of(training.family, training.variant, spec.sampling_steps, spec.shift, spec.cfg, tokens)
         noise = preview_noise(seed, latent.shape(spec.num_frames, spec.height, spec.width))[None].to(training.device)
         text = training.encoded.text(training.encoded.prompts[prompt])
         negative = training.encoded.text(training.encoded.prompts[negative_prompt(spec, training.family, training.variant)])
@@ -85,7 +86,8 @@ class Previews:
         if self.vae is None:
             assert training.job.base.vae is not None, "preflight lets no previews without a VAE through"
             checkpoint = Checkpoint.open(training.job.base.vae, "vae")
-            self.vae = load_vae(checkpoint, training.family, torch.device("cpu"), torch.float32)
+            detection = detect_vae(checkpoint, training.family, training.variant)
+            self.vae = load_vae(checkpoint, detection, torch.device("cpu"), torch.float32)
         vae = self.vae.to(training.device)
         frames: npt.NDArray[np.uint8] = decode_frames(training.family, vae, latents_BCFHW)[0].numpy()
         return frames

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from .family import Conditions, Family, TextRecord, Variant
-from .flow import sampling_sigmas
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,10 @@ class Solver:
     cfg: float
 
     @classmethod
-    def of(cls, family: Family, variant: Variant, steps: int | None, shift: float | None, cfg: float | None) -> Solver:
-        """The family's own way, with what is given put in its place."""
+    def of(cls, family: Family, variant: Variant, steps: int | None, shift: float | None, cfg: float | None, tokens: int) -> Solver:
+        """The family's own way, with what is given put in its place; `tokens` is what the transformer sees of the video."""
         default = family.sampling(variant)
-        sigmas = sampling_sigmas(steps or default.steps, shift if shift is not None else default.shift)
+        sigmas = default.schedule(steps or default.steps, shift if shift is not None else default.shift, tokens)
         return cls(sigmas, cfg if cfg is not None else default.cfg)
 
 
@@ -45,8 +44,12 @@ def sample_latents(
     solver: Solver,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
+    conditions: Conditions | None = None,
 ) -> torch.Tensor:
-    """Clean latents (B, C, F, H, W) from noise, one prompt for each. Guidance: Ho & Salimans 2022, arXiv:2207.12598."""
+    """Clean latents (B, C, F, H, W) from noise, one prompt for each. Guidance: Ho & Salimans 2022, arXiv:2207.12598.
+
+    What `conditions` give (a first frame) is in the result as it was given.
+    """
     device = noise_BCFHW.device
     text = family.collate_text(prompts, device, dtype)
     no_text = family.collate_text([negative] * len(prompts), device, dtype)
@@ -54,12 +57,14 @@ def sample_latents(
     steps = len(solver.sigmas) - 1
     for i in range(steps):
         sigma, next_sigma = solver.sigmas[i], solver.sigmas[i + 1]
-        inputs = family.prepare(variant, latents, torch.full((len(prompts),), sigma, device=device), Conditions())
+        inputs = family.prepare(variant, latents, torch.full((len(prompts),), sigma, device=device), conditions or Conditions())
         velocity = family.predict(transformer, inputs, text).float()
         if solver.cfg != 1.0:
             without = family.predict(transformer, inputs, no_text).float()
             velocity = without + solver.cfg * (velocity - without)
         latents = latents + (next_sigma - sigma) * velocity
+        if inputs.loss_mask is not None:
+            latents = torch.where(inputs.loss_mask.bool(), latents, inputs.latents_BCFHW)
         if progress:
             progress(i + 1, steps)
     return latents

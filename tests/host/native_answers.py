@@ -30,13 +30,9 @@ def _answer(modules: Modules, task: str, **arguments: Any) -> Any:
 def _velocity(modules: Modules, base: Mapping[str, Any], inputs: str, output: str, lora: str | None, weight_dtype: str | None) -> Any:
     """The velocity that ComfyUI's model means, as its samplers ask for it, with the LoRA by core's own loader."""
     import comfy.model_management
-    import comfy.sd
-    import comfy.utils
 
     log = _Log()
-    model = _model(modules, base, weight_dtype)
-    if lora:
-        model, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora), 1.0, 0.0)
+    model = _with_lora(_model(modules, base, weight_dtype), lora)
     comfy.model_management.load_models_gpu([model])
     given = load_file(inputs)
     x, sigma = given["noisy_BCFHW"], given["sigma_B"]
@@ -49,6 +45,69 @@ def _velocity(modules: Modules, base: Mapping[str, Any], inputs: str, output: st
         "patched": len(model.patches),
         "log": log.lines,
     }
+
+
+def _denoise(
+    modules: Modules, base: Mapping[str, Any], inputs: str, output: str, lora: str | None = None, options: Mapping[str, Any] | None = None
+) -> Any:
+    """One step of ComfyUI's own sampler, conditioning and masks included: {"velocity", "noisy"}, for one clip in float32.
+
+    `inputs` holds clean_BCFHW and noise_BCFHW (normalised, B = 1), sigma (a number), text_BLD, perhaps noise_mask (1 where
+    something is predicted), and "cond/<key>" tensors of the conditioning, latents among them normalised; `options` are its
+    plain values. With an image encoder's rows: "cond/image_embeds".
+    """
+    import comfy.samplers
+
+    log = _Log()
+    model = _with_lora(_model(modules, base, None), lora)
+    given, seen = load_file(inputs), {}
+
+    def one_step(model_k: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any, **_: Any) -> torch.Tensor:
+        seen["noisy"], seen["clean"] = x, model_k(x, sigmas[:1].expand(len(x)), **extra_args)
+        return seen["clean"]
+
+    conditioning = [[given["text_BLD"], _conditioning(model, given) | dict(options or {})]]
+    sigma = given["sigma"].reshape(1)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning, conditioning)
+    guider.set_cfg(1.0)
+    guider.sample(
+        given["noise_BCFHW"],
+        model.model.process_latent_out(given["clean_BCFHW"]),
+        comfy.samplers.KSAMPLER(one_step),
+        torch.cat([sigma, torch.zeros(1)]),
+        denoise_mask=given.get("noise_mask"),
+        disable_pbar=True,
+        seed=0,
+    )
+    save_file({"velocity": (seen["noisy"] - seen["clean"]) / sigma, "noisy": seen["noisy"].clone()}, output)
+    return {"class": type(model.model).__name__, "patched": len(model.patches), "log": log.lines}
+
+
+_LATENTS = ("concat_latent_image", "ref_latent")
+
+
+def _conditioning(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The conditioning's own values, latents as a VAE gives them."""
+    import comfy.clip_vision
+
+    found: dict[str, Any] = {name.removeprefix("cond/"): tensor for name, tensor in given.items() if name.startswith("cond/")}
+    for name in _LATENTS:
+        if name in found:
+            found[name] = model.model.process_latent_out(found[name])
+    if "image_embeds" in found:
+        output = comfy.clip_vision.Output()
+        output["penultimate_hidden_states"] = found.pop("image_embeds")
+        found["clip_vision_output"] = output
+    return found
+
+
+def _with_lora(model: Any, lora: str | None) -> Any:
+    """The model with a LoRA by core's own loader."""
+    import comfy.sd
+    import comfy.utils
+
+    return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora), 1.0, 0.0)[0] if lora else model
 
 
 def _model(modules: Modules, base: Mapping[str, Any], weight_dtype: str | None) -> Any:
@@ -196,6 +255,7 @@ class _Log(logging.Handler):
 
 _TASKS: dict[str, Callable[..., Any]] = {
     "velocity": _velocity,
+    "denoise": _denoise,
     "weights": _weights,
     "encode": _encode,
     "escapes": _escapes,

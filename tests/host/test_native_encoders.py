@@ -17,6 +17,7 @@ from trainers.checkpoint import Checkpoint
 from trainers.demo import demo, world
 from trainers.demo.text import encode_captions
 from trainers.encoders import pixels_from_frames
+from trainers.family import detect_vae
 from trainers.folder_encoder import EncoderFiles, FolderEncoder
 from trainers.load import load_vae
 
@@ -87,7 +88,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_latents_are_the_trainer_s(answers: dict[str, Any]):
-    vae = load_vae(Checkpoint.open(demo.VAE, "vae"), WAN, "cpu")
+    checkpoint = Checkpoint.open(demo.VAE, "vae")
+    vae = load_vae(checkpoint, detect_vae(checkpoint, WAN), "cpu")
     expected = WAN.encode_video(vae, answers["pixels"])
     found = answers["tensors"]["latents"]
     print(json.dumps({"latents": relative(found, expected)}))

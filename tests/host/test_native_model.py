@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from tiny import VARIANT, WAN, TinyShape, as_fp8_scaled, random_transformer, tin
 
 from trainers.checkpoint import Checkpoint
 from trainers.demo import demo
-from trainers.family import Conditions, TextRecord, detect
+from trainers.family import Conditions, TextRecord, detect, detect_vae
+from trainers.flow import noised
 from trainers.job import LoraSpec
 from trainers.load import load_transformer, load_vae, native_state
 from trainers.lora import inject, load_adapter_state
@@ -115,6 +116,21 @@ def test_they_agree_in_float32_without_and_with_a_lora(comfyui: ComfyUI, case: C
     assert not [line for line in told_with_lora["log"] if "not loaded" in line.lower()]
 
 
+def test_one_step_of_its_sampler_is_our_velocity(comfyui: ComfyUI, case: Case, tmp_path: Path):
+    """The way that every variant is compared by: noising, conditioning and masks are ComfyUI's own."""
+    given = questions()
+    clean, noise = given["noisy_BCFHW"][:1], given["noisy_BCFHW"][1:]
+    question = {"clean_BCFHW": clean, "noise_BCFHW": noise, "sigma": torch.tensor(0.7), "text_BLD": given["text_BLD"][:1]}
+    save_file({name: tensor.clone() for name, tensor in question.items()}, tmp_path / "question")
+    ask(comfyui, {"task": "denoise", "base": case.base, "inputs": str(tmp_path / "question"), "output": str(tmp_path / "answer")})
+    answer = load_file(tmp_path / "answer")
+    torch.testing.assert_close(answer["noisy"], noised(clean, noise, question["sigma"].reshape(1)), rtol=0, atol=1e-5)
+    asked = {"noisy_BCFHW": answer["noisy"], "sigma_B": question["sigma"].reshape(1), "text_BLD": question["text_BLD"]}
+    save_file(asked, tmp_path / "inputs")
+    ours = trainers_velocity(replace(case, inputs=tmp_path / "inputs"), None)
+    assert relative(answer["velocity"], ours) < TOLERANCE
+
+
 # Other forms of the same model
 
 
@@ -136,7 +152,8 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_diffusers_folder_and_native_shards_give_the_same_objects(comfyui: ComfyUI, tmp_path: Path):
     single = {"transformer": str(write_transformer(tmp_path / "wan2.1.safetensors", SMALL)), "vae": str(demo.VAE)}
     random_transformer(SMALL).save_pretrained(tmp_path / "model" / "transformer", max_shard_size="2MB")
-    load_vae(Checkpoint.open(demo.VAE, "vae"), WAN, "cpu").save_pretrained(tmp_path / "model" / "vae")
+    vae = Checkpoint.open(demo.VAE, "vae")
+    load_vae(vae, detect_vae(vae, WAN), "cpu").save_pretrained(tmp_path / "model" / "vae")
     assert len(list((tmp_path / "model" / "transformer").glob("*.safetensors"))) > 1
     folder = dict.fromkeys(("transformer", "vae"), str(tmp_path / "model"))
     shards = {"transformer": str(write_shards(tmp_path / "shards")), "vae": str(demo.VAE)}

@@ -62,7 +62,7 @@ def test_says_what_the_tensors_cannot_tell(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
 def test_a_vae(tmp_path: Path, prefix: str) -> None:
     report = inspect_file(write_header_only(tmp_path / "vae.safetensors", entries(shapes_of(VAE), torch.float16, prefix)))
-    assert (report.kind, report.title, report.family) == ("VAE", "of Wan", "wan")
+    assert (report.kind, report.title, report.family) == ("VAE", "Wan 2.1 VAE", "wan")
     assert report.config == {"base_dim": 96, "z_dim": 16}
 
 

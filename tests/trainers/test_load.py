@@ -12,7 +12,7 @@ from torch import nn
 from trainers.checkpoint import Checkpoint
 from trainers.errors import CheckpointError, KeyTableError
 from trainers.families.wan import FAMILY
-from trainers.family import detect
+from trainers.family import detect, detect_vae
 from trainers.load import load_transformer, load_vae, native_state, under_native_names
 from trainers.offload.linear import FrozenLinear
 
@@ -69,7 +69,7 @@ def test_rows_agree_with_the_converters_of_diffusers() -> None:
     transformer = tiny_transformer(image_dim=64, added_kv_proj_dim=256)
     for model, table, convert in (
         (transformer, FAMILY.keys, convert_wan_transformer_to_diffusers),
-        (tiny_vae(), FAMILY.vae_keys, convert_wan_vae_to_diffusers),
+        (tiny_vae(), FAMILY.vaes[0].keys, convert_wan_vae_to_diffusers),
     ):
         native = native_state(model.state_dict(), table)
         theirs = convert(dict(native))
@@ -89,7 +89,7 @@ def test_native_to_diffusers_to_native_is_equal_in_bytes(tmp_path: Path, changes
 
 
 def test_native_names_stay_and_those_of_diffusers_become_native() -> None:
-    for model, table in ((tiny_transformer(), FAMILY.keys), (tiny_vae(), FAMILY.vae_keys)):
+    for model, table in ((tiny_transformer(), FAMILY.keys), (tiny_vae(), FAMILY.vaes[0].keys)):
         state = model.state_dict()
         native = under_native_names(state, table)
         assert native.keys() != state.keys()
@@ -230,16 +230,21 @@ def test_unknown_keys_are_named_with_the_file(tmp_path: Path) -> None:
 # The VAE
 
 
+def opened_vae(path: Path) -> torch.nn.Module:
+    checkpoint = Checkpoint.open(path, "vae")
+    return load_vae(checkpoint, detect_vae(checkpoint, FAMILY), "cpu")
+
+
 def test_native_vae_file_and_diffusers_folder_give_the_same_module(tmp_path: Path) -> None:
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "model" / "vae")
-    state = native_state(vae.state_dict(), FAMILY.vae_keys)
+    state = native_state(vae.state_dict(), FAMILY.vaes[0].keys)
     torch.save(state, tmp_path / "vae.pth")
     native_file(tmp_path / "prefixed.safetensors", {f"first_stage_model.{name}": tensor for name, tensor in state.items()})
     paths = [native_file(tmp_path / "vae.safetensors", state), tmp_path / "vae.pth", tmp_path / "prefixed.safetensors", tmp_path / "model"]
     pixels = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     for path in paths:
-        loaded = load_vae(Checkpoint.open(path, "vae"), FAMILY, "cpu")
+        loaded = opened_vae(path)
         assert isinstance(loaded, AutoencoderKLWan)
         assert not loaded.training
         assert equal(loaded, vae)
@@ -247,12 +252,12 @@ def test_native_vae_file_and_diffusers_folder_give_the_same_module(tmp_path: Pat
 
 
 def test_a_half_precision_vae_runs_in_float32(tmp_path: Path) -> None:
-    state = {name: tensor.half() for name, tensor in native_state(tiny_vae().state_dict(), FAMILY.vae_keys).items()}
-    loaded = load_vae(Checkpoint.open(native_file(tmp_path / "vae.safetensors", state), "vae"), FAMILY, "cpu")
+    state = {name: tensor.half() for name, tensor in native_state(tiny_vae().state_dict(), FAMILY.vaes[0].keys).items()}
+    loaded = opened_vae(native_file(tmp_path / "vae.safetensors", state))
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
 def test_a_transformer_is_no_vae(tmp_path: Path) -> None:
     path = native_file(tmp_path / "native.safetensors", transformer_state())
-    with pytest.raises(CheckpointError, match=r"native\.safetensors is no VAE of Wan"):
-        load_vae(Checkpoint.open(path, "vae"), FAMILY, "cpu")
+    with pytest.raises(CheckpointError, match=r"native\.safetensors is no VAE that is known here; Wan needs its own"):
+        opened_vae(path)

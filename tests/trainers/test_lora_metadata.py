@@ -113,7 +113,7 @@ def test_a_lora_of_no_known_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     write_lora(tmp_path / "a.safetensors", _adapter(), WAN)
     monkeypatch.setattr(
-        lora_keys, "families", lambda: {"none": SimpleNamespace(id="none", title="None", keys=WAN.vae_keys, targets=WAN.targets)}
+        lora_keys, "families", lambda: {"none": SimpleNamespace(id="none", title="None", keys=WAN.vaes[0].keys, targets=WAN.targets)}
     )
     with pytest.raises(LoraError, match="must be one of None"):
         describe(tmp_path / "a.safetensors")

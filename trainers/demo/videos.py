@@ -12,7 +12,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..data.encoded import Encoded
 from ..data.video_file import write_video
-from ..family import detect
+from ..family import detect, detect_vae
 from ..job import LoraSpec
 from ..load import load_transformer, load_vae
 from ..lora import inject, load_adapter_state
@@ -47,10 +47,11 @@ def sample_videos(folder: Path, models: Models, captions: Sequence[str], first_s
         rank = next(iter(adapter.modules.values())).down_RI.shape[0]
         inject(transformer, family, LoraSpec(rank=rank), seed=0)
         load_adapter_state(transformer, adapter)
-    vae = load_vae(Checkpoint.open(models.vae, "vae"), family, device, torch.float32)
+    vae_checkpoint = Checkpoint.open(models.vae, "vae")
+    vae = load_vae(vae_checkpoint, detect_vae(vae_checkpoint, family, variant), device, torch.float32)
     encoded = Encoded.open(models.encoded)
     shape = family.latent(variant).shape(NUM_FRAMES, SIDE, SIDE)
-    solver = Solver.of(family, variant, SAMPLING_STEPS, SHIFT, CFG)
+    solver = Solver.of(family, variant, SAMPLING_STEPS, SHIFT, CFG, family.latent(variant).tokens(NUM_FRAMES, SIDE, SIDE))
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(captions), BATCH):
         batch = captions[start : start + BATCH]

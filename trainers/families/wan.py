@@ -17,7 +17,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, Problem
-from ..family import Conditions, Detection, Family, LatentSpec, LoraTargets, ModelInput, Sampling, TextBatch, TextRecord, Variant
+from ..family import (
+    ComfyNames,
+    Conditions,
+    Detection,
+    Family,
+    FirstFrameRule,
+    LatentSpec,
+    LoraTargets,
+    ModelInput,
+    Sampling,
+    TextBatch,
+    TextFolder,
+    TextRecord,
+    Vae,
+    VaeDetection,
+    Variant,
+)
 from ..keytable import KeyTable, Rename
 
 if TYPE_CHECKING:
@@ -163,6 +179,8 @@ VAE_KEYS = KeyTable(
     )
 )
 
+_VAE_2_1 = Vae("wan2.1", "Wan 2.1 VAE", VAE_KEYS)
+
 
 class Wan:
     """The Family protocol for Wan."""
@@ -171,7 +189,7 @@ class Wan:
     title = "Wan"
     variants: tuple[Variant, ...] = (_T2V_1_3B, _T2V_14B, _T2V)
     keys = KEYS
-    vae_keys = VAE_KEYS
+    vaes: tuple[Vae, ...] = (_VAE_2_1,)
     targets = LoraTargets(
         attention=(r"^blocks\.\d+\.attn[12]\.to_[qkv]$", r"^blocks\.\d+\.attn[12]\.to_out\.0$"),
         feed_forward=(r"^blocks\.\d+\.ffn\.net\.0\.proj$", r"^blocks\.\d+\.ffn\.net\.2$"),
@@ -183,6 +201,12 @@ class Wan:
 
     def sampling(self, variant: Variant) -> Sampling:
         return Sampling(steps=30, shift=5.0, cfg=6.0)
+
+    def comfyui(self, variant: Variant) -> ComfyNames:
+        return ComfyNames("WAN", "Wan21", "WanT5Tokenizer", ("WanVAE", "TAEHV"))
+
+    def first_frame(self, variant: Variant) -> FirstFrameRule | None:
+        return None
 
     def detect(self, checkpoint: Checkpoint) -> Detection | None:
         """See Family. Raises CheckpointError for a Wan model that is not trained yet, or with unknown keys."""
@@ -215,7 +239,7 @@ class Wan:
         assert isinstance(transformer, torch.nn.Module)
         return transformer
 
-    def detect_vae(self, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    def detect_vae(self, checkpoint: Checkpoint) -> VaeDetection | None:
         """See Family. Raises CheckpointError for the VAE of Wan 2.2, which is another one."""
         tensors = checkpoint.tensors
         if "decoder.upsamples.0.upsamples.0.residual.2.weight" in tensors or "decoder.up_blocks.0.upsampler.time_conv.weight" in tensors:
@@ -225,13 +249,14 @@ class Wan:
             return None
         names = ("encoder.conv1.weight", "conv2.weight") if native else ("encoder.conv_in.weight", "post_quant_conv.weight")
         base_dim, z_dim = (tensors[name].shape[0] for name in names)
-        return {"base_dim": base_dim, "z_dim": z_dim} | _known(checkpoint.config, "AutoencoderKLWan", _VAE_FIELDS)
+        config = {"base_dim": base_dim, "z_dim": z_dim} | _known(checkpoint.config, "AutoencoderKLWan", _VAE_FIELDS)
+        return VaeDetection(FAMILY, _VAE_2_1, config)
 
-    def build_vae(self, config: Mapping[str, Any]) -> torch.nn.Module:
+    def build_vae(self, detection: VaeDetection) -> torch.nn.Module:
         from diffusers import AutoencoderKLWan
 
         with torch.device("meta"):
-            vae = AutoencoderKLWan(**config)
+            vae = AutoencoderKLWan(**detection.config)
         assert isinstance(vae, torch.nn.Module)
         return vae
 
@@ -254,7 +279,9 @@ class Wan:
         return pixels.float().clamp(-1.0, 1.0)
 
     @torch.no_grad()
-    def encode_text(self, tokenizer: Any, text_encoder: torch.nn.Module, prompts: Sequence[str]) -> list[TextRecord]:
+    def encode_text(
+        self, variant: Variant, folder: TextFolder, prompts: Sequence[str], image_HWC: torch.Tensor | None = None
+    ) -> list[TextRecord]:
         """See Family. UMT5 rows (L, D) with L <= 512, in the encoder's dtype, on the CPU.
 
         Prompts are cleaned as diffusers does (HTML entities, white space; not ftfy, which may be missing) and cut at 512
@@ -262,6 +289,7 @@ class Wan:
         encoded by itself and without padding, so that its record does not depend on its neighbours; with a mask over the
         padding the encoder would compute the same.
         """
+        tokenizer, text_encoder = folder.tokenizer(), folder.text_encoder()
         device = next(text_encoder.parameters()).device
         records = []
         for prompt in prompts:
@@ -269,6 +297,9 @@ class Wan:
             hidden = text_encoder(tokens.input_ids.to(device), tokens.attention_mask.to(device)).last_hidden_state
             records.append(TextRecord(hidden[0].cpu()))
         return records
+
+    def encode_image(self, folder: TextFolder, image_HWC: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no variant here looks at an image")
 
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
         """Exactly 512 rows for each record: zeros after a shorter one, a longer one cut. No mask."""
@@ -279,7 +310,7 @@ class Wan:
             row[: kept.shape[0]] = kept.to(device, dtype)
         return TextBatch(embeds_BLD)
 
-    def required(self, variant: Variant, conditions: Sequence[str]) -> frozenset[str]:
+    def required(self, variant: Variant) -> frozenset[str]:
         return frozenset({"latents"})
 
     def prepare(self, variant: Variant, noisy_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions) -> ModelInput:

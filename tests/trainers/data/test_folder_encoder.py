@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +133,9 @@ def test_latents_and_text_are_what_the_family_makes_of_the_same_models(models: P
         latents = WAN.encode_video(vae, pixels_from_frames(frames))[0]
         assert latents.shape == WAN.latent(VARIANT).shape(9, item.height, item.width)
         assert torch.equal(encoded.latents_CFHW(item), latents)
-        (record,) = WAN.encode_text(tokenizer, text_encoder, [item.caption])
+        (record,) = WAN.encode_text(
+            VARIANT, SimpleNamespace(tokenizer=lambda: tokenizer, text_encoder=lambda: text_encoder), [item.caption]
+        )
         assert torch.equal(encoded.text(item.text).embeds_LD, record.embeds_LD)
         assert record.embeds_LD.shape == (len(item.caption.split()) + 1, 16)
     assert encoded.text(encoded.prompts[""]).embeds_LD.shape == (1, 16)
@@ -142,7 +145,7 @@ def test_a_native_vae_file_gives_the_same_latents(models: Path, source: Path, tm
     from safetensors.torch import load_file
 
     stored = load_file(models / "vae/diffusion_pytorch_model.safetensors")
-    native = {WAN.vae_keys.to_native(name).name: tensor for name, tensor in stored.items()}
+    native = {WAN.vaes[0].keys.to_native(name).name: tensor for name, tensor in stored.items()}
     save_file(native, tmp_path / "wan_2.1_vae.safetensors")
     encoder = Watched(models, vae=tmp_path / "wan_2.1_vae.safetensors")
     dataset = scan_folder(source)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from model_files import T2V_1_3B, T2V_14B, TINY, VAE, entries, shapes_of, tiny_t
 from trainers.checkpoint import Checkpoint
 from trainers.errors import CheckpointError
 from trainers.families.wan import FAMILY, LATENT
-from trainers.family import Conditions, TextBatch, TextRecord, detect, families
+from trainers.family import Conditions, TextBatch, TextRecord, VaeDetection, detect, families
 from trainers.flow import noised
 
 PUBLISHED = {  # config.json of the published diffusers folders
@@ -76,9 +77,9 @@ def test_the_table_names_the_tensors_of_models_to_come(name: str) -> None:
 
 def test_the_table_names_every_tensor_of_the_vae() -> None:
     native = shapes_of(VAE)
-    expected = {key: tuple(tensor.shape) for key, tensor in FAMILY.build_vae({}).state_dict().items()}
-    assert {key: native[place.name] for key, place in FAMILY.vae_keys.map_file(native).items()} == expected
-    assert {FAMILY.vae_keys.to_native(key).name for key in expected} == native.keys()
+    expected = {key: tuple(tensor.shape) for key, tensor in FAMILY.build_vae(VaeDetection(FAMILY, FAMILY.vaes[0], {})).state_dict().items()}
+    assert {key: native[place.name] for key, place in FAMILY.vaes[0].keys.map_file(native).items()} == expected
+    assert {FAMILY.vaes[0].keys.to_native(key).name for key in expected} == native.keys()
 
 
 @pytest.mark.parametrize("name", NOT_TRAINED)
@@ -292,7 +293,7 @@ def test_text_is_encoded_as_the_pipeline_of_diffusers_does() -> None:
 
     tokenizer, encoder = tiny_text_encoder()
     prompts = ["a red circle", "", "  a &amp;amp;\n red ", "red " * 600]
-    records = FAMILY.encode_text(tokenizer, encoder, prompts)
+    records = FAMILY.encode_text(FAMILY.variants[0], SimpleNamespace(tokenizer=lambda: tokenizer, text_encoder=lambda: encoder), prompts)
     assert [len(record.embeds_LD) for record in records] == [4, 1, 4, 512]
     pipeline = WanPipeline(tokenizer, encoder, tiny_vae(), scheduler=None, transformer=None)
     expected = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=512, device=torch.device("cpu"))
