@@ -174,6 +174,8 @@ class Family(Protocol):
     variants: tuple[Variant, ...]
     keys: KeyTable
     vae_keys: KeyTable
+    lora_keys: KeyTable
+    """How LoRA files name the adapted modules: `keys`, unless ComfyUI and diffusers both load only other names."""
     targets: LoraTargets
     blocks: tuple[str, ...]
     """Names of the transformer's block lists, in the order they run."""
