@@ -258,6 +258,8 @@ class Family(Protocol):
     variants: tuple[Variant, ...]
     keys: KeyTable
     vaes: tuple[Vae, ...]
+    lora_keys: KeyTable
+    """How LoRA files name the adapted modules: `keys`, unless ComfyUI and diffusers both load only other names."""
     targets: LoraTargets
     blocks: tuple[str, ...]
     """Names of the transformer's block lists, in the order they run."""

@@ -223,10 +223,10 @@ def _recorded(modules: Mapping[str, LoraPair]) -> dict[str, str]:
 
 def _native_pairs(modules: Mapping[str, LoraPair], family: Family) -> dict[str, LoraPair]:
     """The pairs by native module, members of one native tensor fused."""
-    natives = dict.fromkeys(family.keys.to_native(name).name for name in modules)
+    natives = dict.fromkeys(family.lora_keys.to_native(name).name for name in modules)
     found = {}
     for native in natives:
-        members = family.keys.to_diffusers(native)
+        members = family.lora_keys.to_diffusers(native)
         found[native] = fuse([modules.get(member.name) for member in members], members)
     return found
 

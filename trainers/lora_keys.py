@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,10 +130,11 @@ def _members(spelled: Spelled, family: Family) -> dict[str, tuple[Place, ...] | 
 
 
 def _from_native(module: str, family: Family) -> tuple[Place, ...] | None:
-    try:
-        return family.keys.to_diffusers(module)
-    except KeyTableError:
-        return None
+    """By the names of the family's LoRAs, else by those of its native checkpoints."""
+    for table in (family.lora_keys, family.keys):
+        with suppress(KeyTableError):
+            return table.to_diffusers(module)
+    return None
 
 
 def _from_diffusers(module: str, family: Family) -> tuple[Place, ...] | None:
@@ -145,7 +147,8 @@ def _from_diffusers(module: str, family: Family) -> tuple[Place, ...] | None:
 
 def _from_kohya(module: str, family: Family) -> tuple[Place, ...] | None:
     """Undo the underscores: a row's whole name first, else a row's name and a rest that makes a target of the family."""
-    for row in sorted(family.keys.rows, key=lambda row: -len(row.native)):
+    rows = dict.fromkeys((*family.lora_keys.rows, *family.keys.rows))
+    for row in sorted(rows, key=lambda row: -len(row.native)):
         pattern = re.escape(row.native.replace(".", "_")).replace(r"\{\}", r"(\d+)")
         match = re.fullmatch(rf"{pattern}(?:_(?P<rest>.+))?", module)
         if match is None:

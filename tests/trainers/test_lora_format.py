@@ -26,17 +26,24 @@ from trainers.lora_format import Form, convert, read_lora, write_lora
 ROOT = Path(__file__).parents[2]
 FORMS: tuple[Form, ...] = ("native", "diffusers", "kohya")
 
+
+def _fused_keys(attention: str, feed_forward: str) -> KeyTable:
+    return KeyTable(
+        (
+            Fuse(("layers.{}.attn.to_q", "layers.{}.attn.to_k", "layers.{}.attn.to_v"), f"double.{{}}.{attention}"),
+            Fuse(("single.{}.to_q", "single.{}.to_k", "single.{}.to_v", "single.{}.mlp"), "single.{}.linear1", (1, 1, 1, 4)),
+            SwapHalves("layers.{}.ff.net.0.proj", f"double.{{}}.{feed_forward}"),
+            Rename("inner_layers.{}", "inner_layers.{}"),
+        )
+    )
+
+
+# Its LoRAs are spelt otherwise than its checkpoints.
 FUSED: Any = SimpleNamespace(
     id="fused",
     title="Fused",
-    keys=KeyTable(
-        (
-            Fuse(("layers.{}.attn.to_q", "layers.{}.attn.to_k", "layers.{}.attn.to_v"), "double.{}.img_attn.qkv"),
-            Fuse(("single.{}.to_q", "single.{}.to_k", "single.{}.to_v", "single.{}.mlp"), "single.{}.linear1", (1, 1, 1, 4)),
-            SwapHalves("layers.{}.ff.net.0.proj", "double.{}.img_mlp.w1"),
-            Rename("inner_layers.{}", "inner_layers.{}"),
-        )
-    ),
+    keys=_fused_keys("img_attn.qkv", "img_mlp.0"),
+    lora_keys=_fused_keys("img_attn_qkv", "img_mlp.w1"),
     targets=LoraTargets(
         attention=(r"layers\.\d+\.attn\.to_[qkv]", r"single\.\d+\.to_[qkv]", r"inner_layers\.\d+\.attn1\.to_[qkv]"),
         feed_forward=(r"layers\.\d+\.ff\.net\.0\.proj", r"single\.\d+\.mlp"),
@@ -171,12 +178,28 @@ def test_fused_members_give_the_native_update(tmp_path: Path) -> None:
     def native(name: str) -> torch.Tensor:
         return file[f"diffusion_model.{name}.lora_B.weight"] @ file[f"diffusion_model.{name}.lora_A.weight"]
 
-    torch.testing.assert_close(native("double.3.img_attn.qkv"), torch.cat([update(f"layers.3.attn.to_{letter}") for letter in "qkv"]))
+    torch.testing.assert_close(native("double.3.img_attn_qkv"), torch.cat([update(f"layers.3.attn.to_{letter}") for letter in "qkv"]))
     q, v = update("layers.12.attn.to_q"), update("layers.12.attn.to_v")
-    torch.testing.assert_close(native("double.12.img_attn.qkv"), torch.cat([q, torch.zeros_like(q), v]))
+    torch.testing.assert_close(native("double.12.img_attn_qkv"), torch.cat([q, torch.zeros_like(q), v]))
     parts = [update(f"single.0.{part}") for part in ("to_q", "to_k", "to_v", "mlp")]
     torch.testing.assert_close(native("single.0.linear1"), torch.cat(parts))
     torch.testing.assert_close(native("double.3.img_mlp.w1"), update("layers.3.ff.net.0.proj").roll(6, 0))
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "model.diffusion_model.", ""])
+@pytest.mark.parametrize("naming", ["LoRAs'", "checkpoints'", "LoRAs', kohya", "checkpoints', kohya"])
+def test_both_namings_of_a_family_are_read(tmp_path: Path, naming: str, prefix: str) -> None:
+    adapter = _adapter(FUSED_NAMES)
+    write_lora(tmp_path / "native.safetensors", adapter, FUSED)
+    tensors = {}
+    for key, tensor in load_file(tmp_path / "native.safetensors").items():
+        module, _, part = key.removeprefix("diffusion_model.").partition(".lora_")
+        if naming.startswith("checkpoints'"):
+            module = module.replace("img_attn_qkv", "img_attn.qkv").replace("img_mlp.w1", "img_mlp.0")
+        kohya = f"lora_unet_{module.replace('.', '_')}.lora_{'down' if part[0] == 'A' else 'up'}.weight"
+        tensors[kohya if naming.endswith("kohya") else f"{prefix}{module}.lora_{part}"] = tensor
+    library_save_file(tensors, tmp_path / "a.safetensors")
+    assert _same(read_lora(tmp_path / "a.safetensors").modules, adapter.modules)
 
 
 SPELLINGS: dict[str, Callable[[str], tuple[str, str]]] = {

@@ -112,8 +112,7 @@ def test_a_lora_of_no_known_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     from trainers import lora_keys
 
     write_lora(tmp_path / "a.safetensors", _adapter(), WAN)
-    monkeypatch.setattr(
-        lora_keys, "families", lambda: {"none": SimpleNamespace(id="none", title="None", keys=WAN.vaes[0].keys, targets=WAN.targets)}
-    )
+    none = SimpleNamespace(id="none", title="None", keys=WAN.vaes[0].keys, lora_keys=WAN.vaes[0].keys, targets=WAN.targets)
+    monkeypatch.setattr(lora_keys, "families", lambda: {"none": none})
     with pytest.raises(LoraError, match="must be one of None"):
         describe(tmp_path / "a.safetensors")

@@ -190,6 +190,7 @@ class Wan:
     variants: tuple[Variant, ...] = (_T2V_1_3B, _T2V_14B, _T2V)
     keys = KEYS
     vaes: tuple[Vae, ...] = (_VAE_2_1,)
+    lora_keys = KEYS
     targets = LoraTargets(
         attention=(r"^blocks\.\d+\.attn[12]\.to_[qkv]$", r"^blocks\.\d+\.attn[12]\.to_out\.0$"),
         feed_forward=(r"^blocks\.\d+\.ffn\.net\.0\.proj$", r"^blocks\.\d+\.ffn\.net\.2$"),
