@@ -57,12 +57,12 @@ class Samples:
         assert self.job.epochs is not None, "a job has steps or epochs"
         return self.order.steps(self.job.epochs)
 
-    def batch(self, step: int, micro: MicroBatch) -> Batch:
-        """The tensors of one micro-batch, a function of (job, data, step)."""
+    def batch(self, step: int, micro: MicroBatch, sigmas: tuple[float, float] = (0.0, 1.0)) -> Batch:
+        """The tensors of one micro-batch, a function of (job, data, step); noise levels lie between the two of `sigmas`."""
         items = [self.items[clip] for clip in micro.clips]
         clean = torch.stack([self.encoded.latents_CFHW(item) for item in items])
         draws = [
-            draw_sample(self.job.noise, self.job.caption_dropout, self.job.seed, step, micro.first + i, tuple(clean.shape[1:]))  # type: ignore[arg-type]
+            draw_sample(self.job.noise, self.job.caption_dropout, self.job.seed, step, micro.first + i, tuple(clean.shape[1:]), sigmas)  # type: ignore[arg-type]
             for i in range(len(items))
         ]
         texts = [self._text("" if draw.drop_caption else None, item) for draw, item in zip(draws, items, strict=True)]

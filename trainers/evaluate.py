@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .batches import Batch
 from .data.encoded import Encoded, EncodedItem
+from .experts import Expert
 from .family import Family, Variant
 from .flow import generator
 from .job import Job
 from .predict import batch_loss
+from .sample import TransformerAt
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,25 @@ class HeldOut:
     variant: Variant
     encoded: Encoded
     items: tuple[EncodedItem, ...]
+    sigmas: tuple[float, ...]
 
     @classmethod
-    def of(cls, job: Job, family: Family, variant: Variant, encoded: Encoded) -> HeldOut:
+    def of(cls, job: Job, family: Family, variant: Variant, encoded: Encoded, experts: Sequence[Expert]) -> HeldOut:
+        """The noise levels are those of the job that one of the `experts` there are works at."""
         items = [item for item in encoded.items if item.held_out]
-        return cls(job, family, variant, encoded, tuple(items[: job.held_out.max_clips]))
+        sigmas = [sigma for sigma in job.held_out.sigmas if any(e.lowest_sigma <= sigma <= e.highest_sigma for e in experts)]
+        return cls(job, family, variant, encoded, tuple(items[: job.held_out.max_clips]), tuple(sigmas))
 
     @torch.no_grad()
-    def loss(self, transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-        """{"held_out_loss": the mean, "held_out_loss_0.5": at sigma 0.5, ...}; empty without held-out clips."""
-        if not self.items:
+    def loss(self, transformer_at: TransformerAt, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+        """{"held_out_loss": the mean, "held_out_loss_0.5": at sigma 0.5, ...}; empty without any.
+
+        `transformer_at` gives the transformer for a noise level, in eval mode; it is asked from high to low.
+        """
+        if not (self.items and self.sigmas):
             return {}
-        was_training = transformer.training
-        transformer.eval()
-        by_sigma = {sigma: self._loss_at(sigma, transformer, device, dtype) for sigma in self.job.held_out.sigmas}
-        transformer.train(was_training)
+        found = {sigma: self._loss_at(sigma, transformer_at(sigma), device, dtype) for sigma in sorted(set(self.sigmas), reverse=True)}
+        by_sigma = {sigma: found[sigma] for sigma in self.sigmas}
         mean = sum(by_sigma.values()) / len(by_sigma)
         return {"held_out_loss": mean, **{f"held_out_loss_{sigma:g}": loss for sigma, loss in by_sigma.items()}}
 

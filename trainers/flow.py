@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 
@@ -38,21 +39,52 @@ class Draw:
     drop_caption: bool
 
 
-def draw_sample(noise: NoiseSpec, caption_dropout: float, seed: int, step: int, index: int, shape_CFHW: tuple[int, int, int, int]) -> Draw:
-    """The draw of sample `index` of the global batch of `step`."""
+def draw_sample(
+    noise: NoiseSpec,
+    caption_dropout: float,
+    seed: int,
+    step: int,
+    index: int,
+    shape_CFHW: tuple[int, int, int, int],
+    sigmas: tuple[float, float] = (0.0, 1.0),
+) -> Draw:
+    """The draw of sample `index` of the global batch of `step`, its noise level between the two of `sigmas`."""
     chance = generator(seed, "sample", step, index)
-    sigma = draw_sigma(noise, chance)
+    sigma = draw_sigma(noise, chance, *sigmas)
     drop = torch.rand((), generator=chance).item() < caption_dropout
     return Draw(torch.randn(shape_CFHW, generator=chance), sigma, drop)
 
 
-def draw_sigma(noise: NoiseSpec, chance: torch.Generator) -> float:
-    """One noise level in (0, 1). logit_normal: Esser et al. 2024, arXiv:2403.03206, section 3.1; shift: section 5.3.2."""
+def draw_sigma(noise: NoiseSpec, chance: torch.Generator, lowest: float = 0.0, highest: float = 1.0) -> float:
+    """One noise level in (0, 1). logit_normal: Esser et al. 2024, arXiv:2403.03206, section 3.1; shift: section 5.3.2.
+
+    Between `lowest` and `highest`: the part of the distribution that lies there, by its quantiles.
+    """
+    if (lowest, highest) != (0.0, 1.0):
+        share = torch.rand((), generator=chance).item()
+        low, high = (_share_below(noise, sigma) for sigma in (lowest, highest))
+        return min(max(_quantile(noise, low + share * (high - low)), lowest), highest)
     if noise.distribution == "logit_normal":
         logit = noise.mean + noise.std * torch.randn((), generator=chance).item()
         return 1.0 / (1.0 + math.exp(-logit))
     uniform = torch.rand((), generator=chance).item()
     return shifted(uniform, noise.shift) if noise.distribution == "shift" else uniform
+
+
+def _share_below(noise: NoiseSpec, sigma: float) -> float:
+    """How much of the distribution lies below `sigma`."""
+    if noise.distribution == "logit_normal":
+        return NormalDist(noise.mean, noise.std).cdf(math.log(sigma / (1.0 - sigma))) if 0.0 < sigma < 1.0 else sigma
+    return shifted(sigma, 1.0 / noise.shift) if noise.distribution == "shift" else sigma
+
+
+def _quantile(noise: NoiseSpec, share: float) -> float:
+    """The noise level that `share` of the distribution lies below."""
+    if noise.distribution == "logit_normal":
+        if not 0.0 < share < 1.0:
+            return share
+        return 1.0 / (1.0 + math.exp(-NormalDist(noise.mean, noise.std).inv_cdf(share)))
+    return shifted(share, noise.shift) if noise.distribution == "shift" else share
 
 
 def shifted(sigma: float, shift: float) -> float:

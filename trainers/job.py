@@ -37,7 +37,9 @@ class BaseSpec(_Spec):
     """The frozen model that the LoRA is trained on. Paths may point at single files or diffusers folders."""
 
     transformer: str
-    """File, shard index or folder of the transformer (or a whole diffusers folder)."""
+    """File, shard index or folder of the transformer (or a whole diffusers folder); of two experts the high-noise one."""
+    transformer_low_noise: str | None = None
+    """The low-noise expert, of models that have two (Wan 2.2 A14B)."""
     vae: str | None = None
     """File or folder of the VAE; needed for previews."""
     variant: str | None = None
@@ -89,6 +91,19 @@ class NoiseSpec(_Spec):
     """Standard deviation of the logit-normal."""
     shift: Annotated[float, Field(gt=0)] = 3.0
     """Shift of "shift"."""
+
+
+class ExpertsSpec(_Spec):
+    """Models of two experts (Wan 2.2 A14B); others have no use for it."""
+
+    train: Literal["both", "high", "low"] = "both"
+    """Which of them is trained. With one file, `base.transformer` is that one."""
+    turn_steps: PositiveInt = 20
+    """With both: steps before the other one has its turn. Changing over loads its weights, some seconds on a card."""
+    overlap: Annotated[float, Field(ge=0.0, le=0.2)] = 0.03
+    """How far each is trained beyond the boundary, since samplers do not switch exactly there."""
+    learning_rate_low: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the low-noise expert; None: `optimizer.learning_rate`."""
 
 
 class HeldOutSpec(_Spec):
@@ -198,6 +213,7 @@ class Job(_Spec):
     lora: LoraSpec = LoraSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     noise: NoiseSpec = NoiseSpec()
+    experts: ExpertsSpec = ExpertsSpec()
     held_out: HeldOutSpec = HeldOutSpec()
     previews: PreviewSpec = PreviewSpec()
     checkpoints: CheckpointSpec = CheckpointSpec()
@@ -222,7 +238,8 @@ class Job(_Spec):
         def absolute(path: str | None) -> str | None:
             return None if path is None else str(folder / Path(path).expanduser())
 
-        base = self.base.model_copy(update={"transformer": absolute(self.base.transformer), "vae": absolute(self.base.vae)})
+        files = {field: absolute(getattr(self.base, field)) for field in ("transformer", "transformer_low_noise", "vae")}
+        base = self.base.model_copy(update=files)
         extends = self.start.extends
         if extends and (folder / extends.rpartition("@")[0] / "job.json").is_file():
             extends = absolute(extends)

@@ -26,20 +26,24 @@ def load_transformer(
     device: torch.device | str,
     dtype: torch.dtype,
     keep_stored: bool | None = None,
+    resident: bool = True,
 ) -> nn.Module:
     """The frozen transformer, in eval mode, computing in `dtype`.
 
     What its class wants in float32 is float32. Linears in the blocks that are stored in another dtype become
     FrozenLinear, as they are stored; `keep_stored` False: dense in `dtype`; None: fp8 is kept, on a card also 16 bit
-    (never what is larger than `dtype`). Tensors that need no change of dtype or device are mapped from the file
+    (never what is larger than `dtype`). `resident` False: for `device`, but still on the CPU.
+
+    Tensors that need no change of dtype or device are mapped from the file
     read-only: clone them before writing.
 
     Raises CheckpointError when a tensor is missing, unexpected or of another shape than the model's.
     """
     device, family = torch.device(device), detection.family
     module = family.build(detection.config).requires_grad_(False).eval()
-    source = _Source(checkpoint, _places(checkpoint, family.keys, module), device)
-    kept = {name for name in _block_linears(module, family) if _is_kept(source, name, dtype, keep_stored)}
+    place = device if resident else torch.device("cpu")
+    source = _Source(checkpoint, _places(checkpoint, family.keys, module), place)
+    kept = {name for name in _block_linears(module, family) if _is_kept(source, name, device, dtype, keep_stored)}
     float32_parts = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     state: dict[str, torch.Tensor] = {}
     for name in module.state_dict():
@@ -50,7 +54,7 @@ def load_transformer(
         frozen = FrozenLinear(state[f"{name}.weight"], state.get(f"{name}.bias"), source.scale(f"{name}.weight"))
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, frozen.eval())
-    return _filled(module, state, device)
+    return _filled(module, state, place)
 
 
 def load_vae(checkpoint: Checkpoint, detection: VaeDetection, device: torch.device | str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -163,14 +167,14 @@ def _block_linears(module: nn.Module, family: Family) -> Iterable[str]:
     return (name for name, child in module.named_modules() if name.startswith(starts) and type(child) is nn.Linear)
 
 
-def _is_kept(source: _Source, linear: str, dtype: torch.dtype, keep_stored: bool | None) -> bool:
+def _is_kept(source: _Source, linear: str, device: torch.device, dtype: torch.dtype, keep_stored: bool | None) -> bool:
     """Whether a Linear stays as it is stored."""
     place = source.places[f"{linear}.weight"]
     stored = source.checkpoint.tensors[place.name].dtype
     if stored == dtype and source.scale(f"{linear}.weight") is None:
         return False
     if keep_stored is None:
-        return stored in FP8_DTYPES or (source.device.type != "cpu" and stored.itemsize <= dtype.itemsize)
+        return stored in FP8_DTYPES or (device.type != "cpu" and stored.itemsize <= dtype.itemsize)
     return keep_stored
 
 

@@ -46,6 +46,11 @@ class LoraDescription:
         return "\n".join(lines + [f"{name}: {value}" for name, value in known.items() if value not in (None, "")])
 
 
+def expert_of(path: Path) -> str:
+    """Which of two experts a LoRA is for, by its metadata ("high" or "low"); else "". Raises LoraError when it cannot be read."""
+    return read_header(path).metadata.get(f"{_OURS}expert", "")
+
+
 def lora_metadata(
     *,
     name: str,
@@ -57,6 +62,7 @@ def lora_metadata(
     step: int,
     trigger_words: Sequence[str] = (),
     job_hash: str = "",
+    expert: str = "",
 ) -> dict[str, str]:
     """The metadata of a LoRA file. `base` may be a path: only its last part is written; `alpha` None: `rank`."""
     base_name = re.split(r"[\\/]", base.rstrip("\\/"))[-1]
@@ -69,6 +75,7 @@ def lora_metadata(
         f"{_OURS}alpha": scale,
         f"{_OURS}step": str(step),
         f"{_OURS}job": job_hash,
+        **({f"{_OURS}expert": expert} if expert else {}),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{variant.id}/lora",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",

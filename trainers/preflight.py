@@ -47,8 +47,37 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
     yield from _setting_problems(job, started)
     if encoded:
         yield from _data_problems(job, encoded, detection)
+    if detection:
+        yield from _expert_problems(job, detection)
     if detection and job.previews.every_steps:
         yield from _preview_problems(job, detection, encoded)
+
+
+def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
+    """What is wrong with the files of a model of two experts, or with a second file for a model of one."""
+    low, train, title = job.base.transformer_low_noise, job.experts.train, detection.variant.title
+    if detection.variant.boundary is None:
+        if low:
+            yield Problem(f"base.transformer_low_noise is {Path(low).name}", f"{title} has one transformer", "Leave it out.")
+        return
+    if low is None:
+        if train == "both":
+            remedy = "Give base.transformer_low_noise too, or set experts.train to the one that base.transformer is (high or low)."
+            yield Problem("experts.train is both, and one file is given", f"{title} has two experts, each a file", remedy)
+        elif detection.expert not in (None, train):
+            value = f"experts.train is {train}, base.transformer is the {detection.expert}-noise expert by its name"
+            yield Problem(value, "the file must be the expert that is trained", f"Use {detection.expert}, or the other file.")
+        return
+    try:
+        other = detect(Checkpoint.open(low), detection.variant.id)
+    except VideoTrainerError as error:
+        yield from _problems("base.transformer_low_noise", error)
+        return
+    if detection.expert == "low" or other.expert == "high":
+        value = f"base.transformer is {Path(job.base.transformer).name}, base.transformer_low_noise is {Path(low).name}"
+        yield Problem(value, "the first is the high-noise expert, the second the low-noise one", "Exchange them.")
+    elif Path(low) == Path(job.base.transformer):
+        yield Problem("base.transformer and base.transformer_low_noise are one file", "each expert has its own", "Give both files.")
 
 
 def _setting_problems(job: Job, started: bool) -> Iterator[Problem]:
@@ -141,6 +170,8 @@ def _same_in_both(job: Job, other: Job) -> list[tuple[str, object, object]]:
         ("lora.rank", job.lora.rank, other.lora.rank),
         ("lora.alpha", job.lora.alpha, other.lora.alpha),
         ("lora.targets", job.lora.targets, other.lora.targets),
+        ("experts.train", job.experts.train, other.experts.train),
+        ("experts.turn_steps", job.experts.turn_steps, other.experts.turn_steps),
         ("optimizer.kind", job.optimizer.kind, other.optimizer.kind),
         ("batch_size", job.batch_size, other.batch_size),
         ("accumulation", job.accumulation, other.accumulation),

@@ -59,7 +59,6 @@ class Previews:
 
     def _make_room(self) -> None:
         """Gives the memory back to the training."""
-        self.training.transformer.train()
         if self.vae is not None:
             self.vae.to("cpu")
         if self.training.device.type == "cuda":
@@ -67,15 +66,15 @@ class Previews:
 
     def _write_one(self, path: Path, prompt: str, seed: int) -> None:
         training, spec = self.training, self.training.job.previews
-        transformer = training.transformer
         latent = training.family.latent(training.variant)
         tokens = latent.tokens(spec.num_frames, spec.height, spec.width)
         solver = Solver.of(training.family, training.variant, spec.sampling_steps, spec.shift, spec.cfg, tokens)
         noise = preview_noise(seed, latent.shape(spec.num_frames, spec.height, spec.width))[None].to(training.device)
         text = training.encoded.text(training.encoded.prompts[prompt])
         negative = training.encoded.text(training.encoded.prompts[negative_prompt(spec, training.family, training.variant)])
-        transformer.eval()
-        latents = sample_latents(training.family, training.variant, transformer, noise, [text], negative, solver, training.dtype)
+        latents = sample_latents(
+            training.family, training.variant, training.transformer_at, noise, [text], negative, solver, training.dtype
+        )
         write_video(path, self._decode(latents), latent.fps)
 
     def _decode(self, latents_BCFHW: torch.Tensor) -> npt.NDArray[np.uint8]:

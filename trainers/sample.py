@@ -12,6 +12,9 @@ import torch
 
 from .family import Conditions, Family, TextRecord, Variant
 
+TransformerAt = Callable[[float], torch.nn.Module]
+"""What answers at a noise level: one and the same transformer, or one of two experts."""
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -37,7 +40,7 @@ def preview_noise(seed: int, shape_CFHW: tuple[int, int, int, int]) -> torch.Ten
 def sample_latents(
     family: Family,
     variant: Variant,
-    transformer: torch.nn.Module,
+    transformer_at: TransformerAt,
     noise_BCFHW: torch.Tensor,
     prompts: Sequence[TextRecord],
     negative: TextRecord,
@@ -48,7 +51,7 @@ def sample_latents(
 ) -> torch.Tensor:
     """Clean latents (B, C, F, H, W) from noise, one prompt for each. Guidance: Ho & Salimans 2022, arXiv:2207.12598.
 
-    What `conditions` give (a first frame) is in the result as it was given.
+    `transformer_at` gives the transformer for a noise level. What `conditions` give (a first frame) is in the result as it was given.
     """
     device = noise_BCFHW.device
     text = family.collate_text(prompts, device, dtype)
@@ -58,6 +61,7 @@ def sample_latents(
     for i in range(steps):
         sigma, next_sigma = solver.sigmas[i], solver.sigmas[i + 1]
         inputs = family.prepare(variant, latents, torch.full((len(prompts),), sigma, device=device), conditions or Conditions())
+        transformer = transformer_at(sigma)
         velocity = family.predict(transformer, inputs, text).float()
         if solver.cfg != 1.0:
             without = family.predict(transformer, inputs, no_text).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,24 @@ class Position:
     micro_per_step: int
 
 
-def save_state(folder: Path, position: Position, adapter: Adapter, optimizer: dict[str, Any], scaler: dict[str, Any] | None) -> None:
-    """Writes a checkpoint's files into an empty folder."""
-    pairs = [
-        (f"{name}.{part}", tensor) for name, pair in adapter.modules.items() for part, tensor in (("A", pair.down_RI), ("B", pair.up_OR))
-    ]
-    save_file(dict(pairs), folder / "adapter.safetensors", {})
-    torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
+@dataclass(frozen=True)
+class Learnt:
+    """What one expert has learnt: its adapter and the state of its optimizer."""
+
+    adapter: Adapter
+    optimizer: dict[str, Any]
+
+
+def save_state(folder: Path, position: Position, learnt: Mapping[str, Learnt], scaler: dict[str, Any] | None) -> None:
+    """Writes a checkpoint's files into an empty folder: for each expert by name `adapter` and `optimizer`."""
+    for expert, one in learnt.items():
+        pairs = [
+            (f"{name}.{part}", tensor)
+            for name, pair in one.adapter.modules.items()
+            for part, tensor in (("A", pair.down_RI), ("B", pair.up_OR))
+        ]
+        save_file(dict(pairs), folder / f"{_named('adapter', expert)}.safetensors", {})
+        torch.save({"optimizer": one.optimizer, "scaler": scaler}, folder / f"{_named('optimizer', expert)}.pt")
     (folder / "position.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=2), "utf-8")
 
 
@@ -44,17 +56,21 @@ def read_position(folder: Path) -> Position:
     return Position(**values)
 
 
-def read_adapter(folder: Path, alpha: float) -> Adapter:
-    """The adapter of a checkpoint, float32."""
-    tensors = load_file(folder / "adapter.safetensors")
+def read_adapter(folder: Path, alpha: float, expert: str = "") -> Adapter:
+    """The adapter of an expert in a checkpoint, float32."""
+    tensors = load_file(folder / f"{_named('adapter', expert)}.safetensors")
     names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
     return Adapter({name: LoraPair(tensors[f"{name}.A"], tensors[f"{name}.B"], alpha) for name in names}, {})
 
 
-def read_optimizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The states of the optimizer and of the loss scaler."""
-    stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+def read_optimizer(folder: Path, expert: str = "") -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The states of an expert's optimizer and of the loss scaler."""
+    stored = torch.load(folder / f"{_named('optimizer', expert)}.pt", map_location="cpu", weights_only=True)
     return stored["optimizer"], stored["scaler"]
+
+
+def _named(file: str, expert: str) -> str:
+    return f"{file}-{expert}" if expert else file
 
 
 def check_position(position: Position, encoded_identity: str, micro_per_step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def train(run: Run) -> Outcome:
     """
     training = open_training(run)
     run.event("training", step=training.step, total_steps=training.total_steps)
-    previews, held_out = Previews.of(training), HeldOut.of(run.job, training.family, training.variant, training.encoded)
+    previews, held_out = Previews.of(training), held_out_clips(training)
     previews.write_if_due(training.step, training.step == training.total_steps)
     while training.step < training.total_steps:
         if asked := run.requested():
@@ -38,7 +39,7 @@ def train(run: Run) -> Outcome:
         metrics = optimize(training)
         last = training.step == training.total_steps
         if due(training.step, run.job.held_out.every_steps, last):
-            metrics |= held_out.loss(training.transformer, training.device, training.dtype)
+            metrics |= held_out.loss(training.transformer_at, training.device, training.dtype)
         report(training, metrics)
         if due(training.step, run.job.checkpoints.every_steps, last):
             save_checkpoint(training)
@@ -47,26 +48,32 @@ def train(run: Run) -> Outcome:
     return "done"
 
 
-def optimize(training: Training) -> dict[str, float]:
-    """One optimizer step over this process's share of the global batch; what it measured."""
+def held_out_clips(training: Training) -> HeldOut:
+    experts = [learner.expert for learner in training.learners]
+    return HeldOut.of(training.job, training.family, training.variant, training.encoded, experts)
+
+
+def optimize(training: Training) -> dict[str, Any]:
+    """One optimizer step over this process's share of the global batch, of the expert whose turn it is; what it measured."""
     started, job, accelerator = time.perf_counter(), training.job, training.accelerator
-    learning_rate = job.optimizer.learning_rate * learning_rate_factor(job.optimizer, training.step, training.total_steps)
-    set_learning_rate(training.optimizer, learning_rate)
+    learner, turn = training.take_turn()
+    learning_rate = learner.learning_rate * learning_rate_factor(job.optimizer, turn.step, turn.total_steps)
+    set_learning_rate(learner.optimizer, learning_rate)
     shares = training.samples.order.step(training.step)
     mine = list(enumerate(shares))[accelerator.process_index :: accelerator.num_processes]
     loss_sum, sigma_sum = torch.zeros((), device=training.device), torch.zeros((), device=training.device)
     for position, (index, micro) in enumerate(mine):
         torch.manual_seed(derived_seed(job.seed, "step", training.step, index))
-        batch = training.samples.batch(training.step, micro)
-        with nullcontext() if position == len(mine) - 1 else accelerator.no_sync(training.transformer):
-            loss = batch_loss(training.family, training.variant, training.transformer, batch)
+        batch = training.samples.batch(training.step, micro, learner.sigmas)
+        with nullcontext() if position == len(mine) - 1 else accelerator.no_sync(learner.transformer):
+            loss = batch_loss(training.family, training.variant, learner.transformer, batch)
             accelerator.backward(loss / len(mine))
         loss_sum += loss.detach() / len(mine)
         sigma_sum += batch.sigma_B.mean() / len(mine)
-    grad_norm = accelerator.clip_grad_norm_(training.parameters, job.optimizer.max_grad_norm or float("inf"))
+    grad_norm = accelerator.clip_grad_norm_(learner.parameters, job.optimizer.max_grad_norm or float("inf"))
     check_finite(training, float(grad_norm), float(loss_sum))
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
     loss_mean, sigma_mean = accelerator.reduce(torch.stack([loss_sum, sigma_sum]), "mean").tolist()
     return {
         "epoch": shares[-1].epoch,
@@ -75,6 +82,7 @@ def optimize(training: Training) -> dict[str, float]:
         "lr": learning_rate,
         "sigma": sigma_mean,
         "seconds": time.perf_counter() - started,
+        **({"expert": learner.expert.name, "expert_step": turn.step} if learner.expert.name else {}),
     }
 
 
@@ -89,10 +97,11 @@ def check_finite(training: Training, grad_norm: float, loss: float) -> None:
         )
 
 
-def report(training: Training, metrics: dict[str, float]) -> None:
+def report(training: Training, metrics: dict[str, Any]) -> None:
     """Writes a step's measurements to the run's folder and to the trackers."""
     if training.device.type == "cuda":
         metrics["vram_gib"] = torch.cuda.max_memory_reserved(training.device) / 2**30
     if training.accelerator.is_main_process:
         training.run.metrics(step=training.step, **metrics)
-    training.accelerator.log(metrics, step=training.step)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    training.accelerator.log(numbers, step=training.step)

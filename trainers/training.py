@@ -13,6 +13,7 @@ from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
+from .experts import Expert, FrozenWeights, Turn, expert_at, experts_of, lora_of, turn_of
 from .family import Family, Variant, detect
 from .job import Job
 from .load import load_transformer
@@ -22,34 +23,76 @@ from .lora_metadata import lora_metadata
 from .optimizers import build_optimizer
 from .preflight import check, extended_run
 from .run import Run
-from .state import Position, check_position, read_adapter, read_optimizer, read_position, save_state
+from .state import Learnt, Position, check_position, read_adapter, read_optimizer, read_position, save_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 @dataclass
+class Learner:
+    """One expert in memory. An expert that this job does not train (it only takes part in previews) has no optimizer."""
+
+    expert: Expert
+    transformer: torch.nn.Module
+    weights: FrozenWeights
+    parameters: list[torch.nn.Parameter]
+    optimizer: Any
+    learning_rate: float
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        return self.expert.lowest_sigma, self.expert.highest_sigma
+
+
+@dataclass
 class Training:
-    """A run in memory. `step` counts the optimizer steps that are done; everything else stays as it is."""
+    """A run in memory. `step` counts the optimizer steps that are done; of the `learners` one at a time is on the device."""
 
     run: Run
     job: Job
     accelerator: Accelerator
     family: Family
     variant: Variant
-    transformer: torch.nn.Module
-    parameters: list[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    learners: tuple[Learner, ...]
     encoded: Encoded
     samples: Samples
     total_steps: int
     device: torch.device
     dtype: torch.dtype
     step: int = 0
+    resident: Learner | None = None
 
     @property
     def position(self) -> Position:
         return Position(self.step, self.encoded.identity, self.samples.order.micro_per_step)
+
+    @property
+    def trained(self) -> list[Learner]:
+        return [learner for learner in self.learners if learner.expert.trained]
+
+    def take_turn(self) -> tuple[Learner, Turn]:
+        """The learner of the present step, on the device and in training mode."""
+        turn = turn_of(self.step, self.total_steps, self.job.experts.turn_steps, len(self.trained))
+        learner = self.trained[turn.index]
+        self._make_resident(learner)
+        learner.transformer.train()
+        return learner, turn
+
+    def transformer_at(self, sigma: float) -> torch.nn.Module:
+        """What a sampler asks at a noise level, on the device and in eval mode."""
+        expert = expert_at([learner.expert for learner in self.learners], sigma, self.variant.boundary)
+        learner = next(learner for learner in self.learners if learner.expert is expert)
+        self._make_resident(learner)
+        return learner.transformer.eval()
+
+    def _make_resident(self, learner: Learner) -> None:
+        if self.resident is learner:
+            return
+        if self.resident:
+            self.resident.weights.leave()
+        self.resident = learner
+        learner.weights.enter()
 
 
 def open_training(run: Run) -> Training:
@@ -63,14 +106,9 @@ def open_training(run: Run) -> Training:
     precision = pick_precision(job, device)
     torch.use_deterministic_algorithms(job.deterministic)
     accelerator = _accelerator(run, device, precision)
-    checkpoint = Checkpoint.open(job.base.transformer)
-    detection = detect(checkpoint, job.base.variant)
-    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, DTYPES[precision])
-    parameters = inject(transformer, detection.family, job.lora, job.seed)
-    if job.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    transformer.train()
-    optimizer = accelerator.prepare_optimizer(build_optimizer(job.optimizer, parameters))
+    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    experts = experts_of(job, detection.variant)
+    learners = tuple(_learner(expert, job, accelerator, DTYPES[precision], alone=len(experts) == 1) for expert in experts)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(job, detection.family, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision])
     training = Training(
@@ -79,9 +117,7 @@ def open_training(run: Run) -> Training:
         accelerator=accelerator,
         family=detection.family,
         variant=detection.variant,
-        transformer=transformer,
-        parameters=parameters,
-        optimizer=optimizer,
+        learners=learners,
         encoded=encoded,
         samples=samples,
         total_steps=samples.total_steps,
@@ -93,38 +129,60 @@ def open_training(run: Run) -> Training:
     return training
 
 
+def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dtype, alone: bool) -> Learner:
+    """An expert with its LoRA and optimizer; one that is not alone waits in host memory for its turn."""
+    checkpoint = Checkpoint.open(expert.path)
+    detection = detect(checkpoint, job.base.variant)
+    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, dtype, resident=alone)
+    weights = FrozenWeights(transformer, accelerator.device)
+    rate = job.optimizer.learning_rate
+    if expert.name == "low" and job.experts.learning_rate_low:
+        rate = job.experts.learning_rate_low
+    if not expert.trained:
+        return Learner(expert, transformer, weights, [], None, rate)
+    parameters = inject(transformer, detection.family, job.lora, job.seed, device=accelerator.device)
+    if job.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    optimizer = accelerator.prepare_optimizer(build_optimizer(job.optimizer, parameters))
+    return Learner(expert, transformer, weights, parameters, optimizer, rate)
+
+
 def save_checkpoint(training: Training) -> None:
-    """Writes the checkpoint of the present step, then its LoRA file, and drops the oldest checkpoints."""
-    run, adapter = training.run, adapter_state(training.transformer, training.job.lora)
-    scaler, known = training.accelerator.scaler, training.step in run.checkpoints() and lora_path(run, training.step).exists()
-    if training.step not in run.checkpoints():
-        with run.writing_checkpoint(training.step) as folder:
-            save_state(folder, training.position, adapter, training.optimizer.state_dict(), scaler.state_dict() if scaler else None)
-    lora = _write_lora(training, adapter)
+    """Writes the checkpoint of the present step, then its LoRA files, and drops the oldest checkpoints."""
+    run, step, scaler = training.run, training.step, training.accelerator.scaler
+    adapters = {learner.expert: adapter_state(learner.transformer, training.job.lora) for learner in training.trained}
+    known = step in run.checkpoints() and all(lora_path(run, step, expert).exists() for expert in adapters)
+    if step not in run.checkpoints():
+        learnt = {learner.expert.name: Learnt(adapters[learner.expert], learner.optimizer.state_dict()) for learner in training.trained}
+        with run.writing_checkpoint(step) as folder:
+            save_state(folder, training.position, learnt, scaler.state_dict() if scaler else None)
+    files = [_write_lora(training, expert, adapter) for expert, adapter in adapters.items()]
     if not known:
-        run.event("checkpoint", step=training.step, lora=lora.name)
+        run.event("checkpoint", step=step, lora=files[0].name, **({"loras": [file.name for file in files]} if files[1:] else {}))
     run.prune_checkpoints(training.job.checkpoints.keep_last)
 
 
-def lora_path(run: Run, step: int) -> Path:
+def lora_path(run: Run, step: int, expert: Expert | None = None) -> Path:
     """Where the LoRA of a step is written: a new name for each, never overwritten."""
-    return Path(run.job.loras_folder) / run.folder.name / f"{run.folder.name}-{step:06d}.safetensors"
+    name = expert.named(run.name) if expert else run.name
+    return Path(run.job.loras_folder) / run.folder.name / f"{name}-{step:06d}.safetensors"
 
 
-def _write_lora(training: Training, adapter: Adapter) -> Path:
-    path = lora_path(training.run, training.step)
+def _write_lora(training: Training, expert: Expert, adapter: Adapter) -> Path:
+    path = lora_path(training.run, training.step, expert)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(path, adapter, training.family, "native", _metadata(training))
+    write_lora(path, adapter, training.family, "native", _metadata(training, expert))
     return path
 
 
-def _metadata(training: Training) -> dict[str, str]:
+def _metadata(training: Training, expert: Expert) -> dict[str, str]:
     job = training.job
     return lora_metadata(
-        name=training.run.name,
+        name=expert.named(training.run.name),
         family=training.family,
         variant=training.variant,
-        base=job.base.transformer,
+        base=expert.path,
+        expert=expert.name,
         rank=job.lora.rank,
         alpha=job.lora.alpha,
         step=training.step,
@@ -142,7 +200,9 @@ def _restore(training: Training) -> None:
     elif start.extends:
         _load_checkpoint(training, _extended_folder(training.job))
     elif start.initial_lora:
-        load_adapter_state(training.transformer, read_lora(Path(start.initial_lora), training.family))
+        for learner in training.trained:
+            path = lora_of(Path(start.initial_lora), learner.expert.name)
+            load_adapter_state(learner.transformer, read_lora(path, training.family))
 
 
 def _extended_folder(job: Job) -> Path:
@@ -153,11 +213,13 @@ def _extended_folder(job: Job) -> Path:
 def _load_checkpoint(training: Training, folder: Path) -> None:
     position = read_position(folder)
     check_position(position, training.encoded.identity, training.samples.order.micro_per_step)
-    load_adapter_state(training.transformer, read_adapter(folder, training.job.lora.alpha or training.job.lora.rank))
-    optimizer, scaler = read_optimizer(folder)
-    training.optimizer.load_state_dict(optimizer)
-    if scaler and training.accelerator.scaler:
-        training.accelerator.scaler.load_state_dict(scaler)
+    for learner in training.trained:
+        name = learner.expert.name
+        load_adapter_state(learner.transformer, read_adapter(folder, training.job.lora.alpha or training.job.lora.rank, name))
+        optimizer, scaler = read_optimizer(folder, name)
+        learner.optimizer.load_state_dict(optimizer)
+        if scaler and training.accelerator.scaler:
+            training.accelerator.scaler.load_state_dict(scaler)
     training.step = position.step
 
 

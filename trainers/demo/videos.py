@@ -57,7 +57,9 @@ def sample_videos(folder: Path, models: Models, captions: Sequence[str], first_s
         batch = captions[start : start + BATCH]
         noise = torch.stack([preview_noise(first_seed + start + i, shape) for i in range(len(batch))]).to(device)
         texts = [encoded.text(encoded.prompts[caption]) for caption in batch]
-        latents = sample_latents(family, variant, transformer, noise, texts, encoded.text(encoded.prompts[""]), solver, torch.float32)
+        latents = sample_latents(
+            family, variant, lambda _: transformer, noise, texts, encoded.text(encoded.prompts[""]), solver, torch.float32
+        )
         for i, frames in enumerate(decode_frames(family, vae, latents)):
             write_video(folder / f"{start + i:03d}.mp4", frames.numpy(), FPS, crf=8)
     asked = [{"file": f"{i:03d}.mp4", "caption": caption} for i, caption in enumerate(captions)]
