@@ -8,7 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.errors import LoraError, Problem
-from ..trainers.lora_metadata import LoraDescription, describe
+from ..trainers.experts import lora_of
+from ..trainers.lora_metadata import LoraDescription, describe, expert_of
 from ..trainers.run import Run
 from . import host, native_lora
 from .records import RUN, RunFolder
@@ -38,7 +39,11 @@ class ApplyLoRA(io.ComfyNode):
                     tooltip="A LoRA file, or the newest one of a run. Not looked at when `run` is connected.",
                 ),
                 io.Float.Input("strength", tooltip="How much of the LoRA is added. 1 is as it was trained.", **strength),
-                io.Model.Input("model_low_noise", optional=True, tooltip="The low-noise model of Wan 2.2 A14B: gets the LoRA too."),
+                io.Model.Input(
+                    "model_low_noise",
+                    optional=True,
+                    tooltip="The low-noise model of Wan 2.2 A14B: gets the LoRA of its own, the file of the same name with low for high.",
+                ),
                 io.Float.Input("strength_low_noise", optional=True, tooltip="The strength for the low-noise model.", **strength),
                 RUN.Input("run", optional=True, tooltip="Use the newest LoRA of this run."),
             ],
@@ -68,19 +73,33 @@ class ApplyLoRA(io.ComfyNode):
         if run is None and lora == host.NONE:
             return io.NodeOutput(model, model_low_noise, ui={"text": ["no LoRA chosen: the model is unchanged"]})
         path = _path(lora) if run is None else newest_lora(Run.open(Path(run.folder)))
-        tensors = host.read_tensors(path)
-        told = [path.name]
-        patched = []
-        for given, amount in ((model, strength), (model_low_noise, strength_low_noise)):
-            if given is None:
-                patched.append(None)
-                continue
-            fit = native_lora.fit(given, tensors)
-            _check(fit, path)
-            patched.append(native_lora.patched(given, fit, amount))
-            told.append(f"{fit.matched} of {fit.total} layers matched, strength {amount:g}")
-            told += [f"not used: {name}" for name in fit.unmatched[:5]]
-        return io.NodeOutput(*patched, ui={"text": ["\n".join(told)]})
+        high, low = _files(path, model_low_noise is not None)
+        applied = [_applied(model, high, strength), _applied(model_low_noise, low, strength_low_noise)]
+        return io.NodeOutput(*(patched for patched, _ in applied), ui={"text": ["\n".join(line for _, lines in applied for line in lines)]})
+
+
+def _files(path: Path, both: bool) -> tuple[Path | None, Path | None]:
+    """The LoRAs for a model and for its low-noise expert, when `both` are there: of a pair of files each its own.
+
+    A file of one expert whose other one was not trained is for that expert only.
+    """
+    if not both:
+        return path, None
+    high, low = (lora_of(path, name) for name in ("high", "low"))
+    if high != low:
+        return high, low
+    only = expert_of(path)
+    return None if only == "low" else path, None if only == "high" else path
+
+
+def _applied(model: Any, path: Path | None, strength: float) -> tuple[Any, list[str]]:
+    """The model with the LoRA of a file, and what is said about it. Raises LoraError when it is not for this model."""
+    if model is None or path is None:
+        return model, [] if model is None else ["the other expert is unchanged: the LoRA was not trained for it"]
+    fit = native_lora.fit(model, host.read_tensors(path))
+    _check(fit, path)
+    told = [f"{path.name}: {fit.matched} of {fit.total} layers matched, strength {strength:g}"]
+    return native_lora.patched(model, fit, strength), told + [f"not used: {name}" for name in fit.unmatched[:5]]
 
 
 def _choices() -> list[str]:

@@ -92,7 +92,7 @@ class BaseModel(io.ComfyNode):
             family=detection.family.id,
             variant=detection.variant.id,
             transformer=str(path),
-            transformer_low_noise=_text(chosen_path("transformer_low_noise", transformer_low_noise)),
+            transformer_low_noise=_text(_checked_expert(chosen_path("transformer_low_noise", transformer_low_noise), detection)),
             vae=_text(_checked_vae(chosen_path("vae", vae), detection)),
             text_encoders=tuple(str(encoder) for encoder in encoders if encoder),
             clip_vision=_text(chosen_path("clip_vision", clip_vision)),
@@ -209,6 +209,16 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
+def _checked_expert(path: Path | None, detection: Detection) -> Path | None:
+    """The path of a low-noise expert of the same model. Raises CheckpointError for another file."""
+    if path and detection.variant.boundary is None:
+        value, rule = f"transformer_low_noise is {path.name}", f"{detection.variant.title} has one transformer"
+        raise CheckpointError(Problem(value, rule, "Choose none."))
+    if path:
+        detect(Checkpoint.open(path), detection.variant.id)
+    return path
+
+
 def _checked_vae(path: Path | None, detection: Detection) -> Path | None:
     """The path of a VAE of the model's own family. Raises CheckpointError for another file."""
     if path:
@@ -219,6 +229,8 @@ def _checked_vae(path: Path | None, detection: Detection) -> Path | None:
 def _report(base: Base, detection: Detection) -> str:
     lines = [f"{detection.variant.title} ({base.variant})", *([f"told by {detection.reason}"] if detection.reason else [])]
     lines += detection.notes
+    if detection.variant.boundary is not None and base.transformer_low_noise is None:
+        lines.append("one of two experts: choose the other as transformer_low_noise, or set Train LoRA's `experts` to this one")
     missing = [name for name, given in (("VAE", base.vae), ("text encoder", base.text_encoders)) if not given]
     lines += [f"no {name} chosen" for name in missing]
     return "\n".join(lines)

@@ -25,7 +25,7 @@ class Setting:
 
 def settings() -> tuple[Setting, ...]:
     """Every setting, the main ones first."""
-    return (*_main(), *_length(), *_adapter(), *_optimizer(), *_noise(), *_keeping(), *_machine(), *_start())
+    return (*_main(), *_length(), *_adapter(), *_optimizer(), *_noise(), *_keeping(), *_machine(), *_start(), *_experts())
 
 
 def job_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,5 +323,51 @@ def _start() -> tuple[Setting, ...]:
             tooltip='Go on exactly where another run was, with its optimizer: "kitten@2000" for step 2000 of the run kitten. '
             "`steps` counts from the beginning of that run.",
             unset="",
+        ),
+    )
+
+
+def _experts() -> tuple[Setting, ...]:
+    """Models of two experts (Wan 2.2 A14B)."""
+    return (
+        _folded(
+            "experts.train",
+            io.Combo,
+            "experts",
+            options=["both", "high", "low"],
+            default="both",
+            tooltip="Wan 2.2 A14B: which of its two experts learns. Both take turns and get a LoRA each. "
+            "With one file in Base Model, choose the expert that it is.",
+        ),
+        _folded(
+            "experts.turn_steps",
+            io.Int,
+            "expert_turn_steps",
+            default=20,
+            min=1,
+            max=100_000,
+            tooltip="Wan 2.2 A14B: steps of one expert before the other has its turn. Changing over takes some seconds.",
+        ),
+        _folded(
+            "experts.overlap",
+            io.Float,
+            "expert_overlap",
+            default=0.03,
+            min=0.0,
+            max=0.2,
+            step=0.01,
+            tooltip="Wan 2.2 A14B: how far each expert learns beyond the noise level where samplers switch.",
+        ),
+        _folded(
+            "experts.learning_rate_low",
+            io.Float,
+            "learning_rate_low_noise",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=1e-5,
+            round=1e-8,
+            unset=0.0,
+            tooltip="Wan 2.2 A14B: peak learning rate of the low-noise expert. 0: that of the other.",
         ),
     )

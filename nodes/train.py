@@ -134,13 +134,13 @@ class WaitForRun(io.ComfyNode):
 
 
 def newest_lora(run: Run) -> Path:
-    """The LoRA file of the run's last step. Raises RunError when there is none."""
+    """The LoRA file of the run's last step, of two experts the high-noise one. Raises RunError when there is none."""
     folder = Path(run.job.loras_folder) / run.name
     files = list(folder.glob(f"{run.name}-*.safetensors"))
     if not files:
         every = run.job.checkpoints.every_steps
         raise RunError(f"{run.name} has no LoRA in {folder}; one is written every {every} steps. Wait for the first, or choose a file.")
-    return max(files, key=lambda file: (len(file.name), file.name))
+    return max(files, key=lambda file: (int(file.stem.rpartition("-")[2]), "-high-" in file.name))
 
 
 def _split_settings() -> tuple[list[Any], list[Any]]:
@@ -165,7 +165,8 @@ def _fields(base: Base, values: Mapping[str, Any]) -> dict[str, Any]:
     if start["initial_lora"]:
         start["initial_lora"] = str(host.lora_path(start["initial_lora"]))
     folders = {"runs_folder": str(host.runs_folder()), "loras_folder": str(host.loras_folder())}
-    return {**fields, **folders, "base": {"transformer": base.transformer, "vae": base.vae, "variant": base.variant}}
+    files = {name: getattr(base, name) for name in ("transformer", "transformer_low_noise", "vae", "variant")}
+    return {**fields, **folders, "base": files}
 
 
 def _version(encoded: EncodedData, texts: Mapping[str, str]) -> Encoded:

@@ -181,7 +181,21 @@ def test_apply_lora_takes_a_file_or_the_newest_of_a_run(server: Server, lora: Pa
     assert "applied: newest" in server.choices("VideoTrainer_ApplyLoRA", "lora")
     for choice in ("applied: newest", "applied/applied-000001.safetensors"):
         told = server.prompt(applied(choice))["outputs"]["patched"]["text"][0]
-        assert told.splitlines() == ["applied-000001.safetensors", "40 of 40 layers matched, strength 0.5"]
+        assert told == "applied-000001.safetensors: 40 of 40 layers matched, strength 0.5"
+
+
+def test_of_a_pair_each_model_gets_the_lora_of_its_expert(server: Server, lora: Path):
+    for expert in ("high", "low"):
+        shutil.copy(lora, lora.with_name(f"pair-{expert}-000001.safetensors"))
+    graph = applied("applied/pair-low-000001.safetensors")
+    alone = server.prompt(graph)["outputs"]["patched"]["text"][0]
+    graph["patched"]["inputs"]["model_low_noise"] = ["model", 0]
+    both = server.prompt(graph)["outputs"]["patched"]["text"][0]
+    assert alone == "pair-low-000001.safetensors: 40 of 40 layers matched, strength 0.5"
+    assert both.splitlines() == [
+        "pair-high-000001.safetensors: 40 of 40 layers matched, strength 0.5",
+        "pair-low-000001.safetensors: 40 of 40 layers matched, strength 1",
+    ]
 
 
 def test_a_newer_file_of_the_run_is_seen_and_nothing_else_runs_again(server: Server, lora: Path):
