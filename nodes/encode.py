@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..trainers.adherence import find_clip_problems
 from ..trainers.data.buckets import Geometry, plan_windows
 from ..trainers.data.cache import Cache
 from ..trainers.data.scan import Dataset
@@ -165,6 +166,14 @@ class Previews(io.ComfyNode):
                 io.Vae.Input("vae", lazy=True, optional=True, tooltip="The VAE, for models that start from an image."),
                 _clip_vision_input(),
                 io.Image.Input("images", optional=True, tooltip="First frames, for models that start from an image; one per prompt."),
+                io.String.Input(
+                    "clip_folder",
+                    default="",
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Folder of a CLIP or SigLIP model with config.json, weights, tokenizer and preprocessor_config.json, as "
+                    "transformers keeps it: measures how well each video fits its prompt. Empty: not measured.",
+                ),
             ],
             outputs=[PREVIEWS.Output("previews", tooltip="The previews, for Train LoRA.")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -243,10 +252,13 @@ def _preview_spec(base: Base, prompts: str, negative: str, values: dict[str, Any
     problems = family.latent(variant).problems(**size)
     if not lines:
         problems.append(Problem("prompts is empty", "every line is one video", "Write at least one prompt, or leave Previews out."))
+    clip_folder = values.get("clip_folder", "").strip().strip('"') or None  # Windows copies paths with quotes
+    if clip_folder:
+        problems += find_clip_problems("clip_folder", Path(clip_folder).expanduser())
     if problems:
         raise DatasetError(problems, subject="The previews")
     fields = {name: values[name] for name in ("every_steps", "sampling_steps", "cfg", "seed")}
-    return {**fields, **size, "prompts": lines, "negative": negative, "shift": values["shift"] or None}
+    return {**fields, **size, "prompts": lines, "negative": negative, "shift": values["shift"] or None, "clip_folder": clip_folder}
 
 
 def _known(hidden: Any) -> Known:

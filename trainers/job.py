@@ -142,6 +142,8 @@ class PreviewSpec(_Spec):
     """Noise of the first prompt; each further prompt uses the next seed."""
     before_training: bool = True
     """Also sample once before the first step."""
+    clip_folder: str | None = None
+    """Folder of a CLIP or SigLIP model (transformers' layout) that measures how well each video fits its prompt; None: not measured."""
 
 
 class CheckpointSpec(_Spec):
@@ -244,8 +246,9 @@ class Job(_Spec):
         if extends and (folder / extends.rpartition("@")[0] / "job.json").is_file():
             extends = absolute(extends)
         start = self.start.model_copy(update={"initial_lora": absolute(self.start.initial_lora), "extends": extends})
+        previews = self.previews.model_copy(update={"clip_folder": absolute(self.previews.clip_folder)})
         paths = {field: absolute(getattr(self, field)) for field in ("encoded", "runs_folder", "loras_folder")}
-        return self.model_copy(update={"base": base, "start": start, **paths})
+        return self.model_copy(update={"base": base, "start": start, "previews": previews, **paths})
 
     def canonical_json(self) -> str:
         """The job as sorted JSON: equal strings are equal jobs."""

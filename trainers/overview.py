@@ -17,6 +17,7 @@ from .errors import VideoTrainerError
 from .journal import Record
 from .launch import last_log_lines
 from .run import JOB_FILE, Run
+from .run_status import last_measures
 
 LOG_LINES = 15
 """Lines of worker.log that are told about a run that failed or was interrupted."""
@@ -89,7 +90,9 @@ class Overview:
 
 
 def describe(run: Run) -> Record:
-    """A run's status, times in seconds since 1970, its newest LoRA (`<run>/<file>`), and the log's end when it broke off."""
+    """A run's status, times in seconds since 1970, its newest LoRA (`<run>/<file>`), what its newest previews
+    measure, and the log's end when it broke off.
+    """
     status, events = run.status(), run.read_events()
     times = [event["time"] for event in events if "time" in event] or [(run.folder / JOB_FILE).stat().st_mtime]
     loras = [event["lora"] for event in events if event.get("lora")]
@@ -101,6 +104,7 @@ def describe(run: Run) -> Record:
         "created": times[0],
         "active": max(times[-1], metrics[0] / 1e9 if metrics else 0.0),
         "lora": f"{run.name}/{loras[-1]}" if loras else None,
+        "measures": last_measures(events),
         "log": last_log_lines(run, LOG_LINES) if broke_off else "",
     }
 

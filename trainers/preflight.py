@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .adherence import find_clip_problems
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import pick_device
@@ -130,6 +131,8 @@ def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -
         except VideoTrainerError as error:
             yield from _problems("base.vae", error)
     yield from detection.family.latent(detection.variant).problems(spec.num_frames, spec.height, spec.width)
+    if spec.clip_folder is not None:
+        yield from find_clip_problems("previews.clip_folder", Path(spec.clip_folder))
     negative = negative_prompt(spec, detection.family, detection.variant)
     for prompt in (*spec.prompts, negative):
         if encoded and prompt not in encoded.prompts:

@@ -13,6 +13,7 @@ import torch
 from .data.video_file import write_video
 from .family import Family, Variant, detect_vae
 from .job import PreviewSpec, due
+from .preview_measures import PreviewMeasures
 from .sample import Solver, decode_frames, preview_noise, sample_latents
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ class Previews:
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         if missing:
             training.run.event("sample", step=step, files=[], message=f"sampling {len(missing)} previews at step {step} ...")
+        measures = PreviewMeasures(training.run, step, spec.clip_folder)
         try:
             for i in missing:
-                self._write_one(paths[i], spec.prompts[i], spec.seed + i)
+                measures.add(paths[i].name, spec.prompts[i], self._write_one(paths[i], spec.prompts[i], spec.seed + i))
         except torch.OutOfMemoryError:
             told = f"no memory for a preview of {spec.num_frames} frames of {spec.width}x{spec.height}; training goes on without it"
             training.run.event("sample", step=step, files=[], message=told)
@@ -55,7 +57,8 @@ class Previews:
         finally:
             self._make_room()
         if missing:
-            training.run.event("sample", step=step, files=[path.name for path in paths])
+            training.run.event("sample", step=step, files=[path.name for path in paths], measures=measures.finish())
+            training.accelerator.log({f"preview/{name}": value for name, value in measures.means.items()}, step=step)
 
     def _make_room(self) -> None:
         """Gives the memory back to the training."""
@@ -64,7 +67,7 @@ class Previews:
         if self.training.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _write_one(self, path: Path, prompt: str, seed: int) -> None:
+    def _write_one(self, path: Path, prompt: str, seed: int) -> npt.NDArray[np.uint8]:
         training, spec = self.training, self.training.job.previews
         latent = training.family.latent(training.variant)
         tokens = latent.tokens(spec.num_frames, spec.height, spec.width)
@@ -75,7 +78,9 @@ class Previews:
         latents = sample_latents(
             training.family, training.variant, training.transformer_at, noise, [text], negative, solver, training.dtype
         )
-        write_video(path, self._decode(latents), latent.fps)
+        frames_FHWC = self._decode(latents)
+        write_video(path, frames_FHWC, latent.fps)
+        return frames_FHWC
 
     def _decode(self, latents_BCFHW: torch.Tensor) -> npt.NDArray[np.uint8]:
         from .checkpoint import Checkpoint

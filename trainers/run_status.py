@@ -105,6 +105,21 @@ def make_status(
     )
 
 
+def mean_measures(by_file: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+    """Each measure, mean over the files that have it."""
+    names = dict.fromkeys(name for measures in by_file.values() for name in measures)
+    found = {name: [value for measures in by_file.values() if (value := measures.get(name)) is not None] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def last_measures(events: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """What the newest measured previews measure (see `video_measures`), mean over them, with their "step"; None without any."""
+    for event in reversed(events):
+        if event.get("event") == "sample" and event.get("measures"):
+            return {"step": event["step"], **mean_measures(event["measures"])}
+    return None
+
+
 def _started(events: Sequence[Mapping[str, Any]]) -> float:
     """When the run was last started, in seconds since 1970; 0 when no event tells."""
     return max((float(event.get("time", 0)) for event in events if event.get("event") in _STARTS), default=0.0)

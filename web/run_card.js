@@ -2,13 +2,20 @@
 
 import { curve, steer } from "./runs.js";
 import { drawSparkline, makeSparkline } from "./sparkline.js";
-import { ago, choicesOf, counted, leftOf, lossOf, noteOf, shareOf, speedOf, stateOf, stepsOf } from "./words.js";
+import { ago, choicesOf, counted, leftOf, lossOf, measuresOf, noteOf, shareOf, speedOf, stateOf, stepsOf } from "./words.js";
 
 const BUTTONS = {
   pause: ["Pause", "pi-pause", "Stop for now and free the card; goes on where it was"],
   resume: ["Resume", "pi-play", "Go on from the last checkpoint"],
   stop: ["Stop", "pi-stop", "End the training; its checkpoint and LoRA files are kept"],
 };
+
+const MEASURES =
+  "Means over the newest previews, to compare with those before.\n" +
+  "Flicker: jumps of the whole picture's brightness; 0 % is steady.\n" +
+  "Consistency: how far each frame is the one before it, moved; 1 is perfect.\n" +
+  "Sharpness: more is sharper; noise counts as sharp too.\n" +
+  "Fits the prompt: likeness of video and prompt to the CLIP model you gave; more is better.";
 
 /** A new element with the attributes of `properties` and with `children`. */
 export function element(tag, properties = {}, ...children) {
@@ -29,6 +36,7 @@ export function makeCard(tell) {
     speed: element("span"),
     spark: makeSparkline(),
     note: element("div", { className: "vt-note" }),
+    measures: element("div", { className: "vt-note" }),
     lora: element("div", { className: "vt-lora" }),
     log: element("pre"),
     buttons: element("div", { className: "vt-buttons" }),
@@ -46,6 +54,7 @@ export function makeCard(tell) {
     parts.curve,
     parts.note,
     parts.details,
+    parts.measures,
     parts.lora,
     parts.buttons,
   );
@@ -65,6 +74,7 @@ function update(card, run) {
   write(card.loss, lossOf(run));
   write(card.speed, run.live ? speedOf(run) : "");
   write(card.note, noteOf(run));
+  write(card.measures, measuresOf(run), MEASURES);
   write(card.lora, run.lora ? `LoRA: ${fileName(run.lora)}` : "", run.lora && `In every LoRA list as ${run.lora}`);
   write(card.log, run.log);
   card.details.hidden = !run.log;

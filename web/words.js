@@ -53,6 +53,18 @@ export function lossOf(run) {
   return run.loss == null ? "" : `loss ${number(run.loss)}`;
 }
 
+/** "Previews of step 500: flicker 0.3 %, consistency 0.97, sharpness 210, fits the prompt 0.27"; "" when none was measured. */
+export function measuresOf(run) {
+  const { step, flicker, consistency, sharpness, adherence } = run.measures ?? {};
+  const parts = [
+    flicker == null ? "" : `flicker ${number(100 * flicker, 2)} %`,
+    consistency == null ? "" : `consistency ${number(consistency, 2)}`,
+    sharpness == null ? "" : `sharpness ${Math.round(sharpness)}`,
+    adherence == null ? "" : `fits the prompt ${number(adherence, 2)}`,
+  ].filter(Boolean);
+  return parts.length ? `Previews of step ${step}: ${parts.join(", ")}` : "";
+}
+
 /** "1.2 s per step" or "8.3 steps per s". */
 export function speedOf(run) {
   const seconds = run.seconds_per_step;
@@ -88,6 +100,7 @@ export function reportOf(run) {
     begun ? stepsOf(run) : "",
     [lossOf(run), run.live ? speedOf(run) : "", leftOf(run)].filter(Boolean).join(", "),
     noteOf(run),
+    measuresOf(run),
     run.lora ? `LoRA: ${run.lora}` : "",
     run.log ? `\nThe end of its log:\n${run.log}` : "",
   ]

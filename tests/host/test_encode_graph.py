@@ -198,9 +198,9 @@ def test_a_clip_that_cannot_be_used_is_told_with_its_reason(server: Server, clip
 
 def test_previews_say_all_that_is_wrong_at_once(server: Server, clips: Path):
     wired = graph(clips)
-    wired["previews"]["inputs"] |= {"prompts": " \n ", "num_frames": 8, "width": 72}
+    wired["previews"]["inputs"] |= {"prompts": " \n ", "num_frames": 8, "width": 72, "clip_folder": str(clips)}
     with pytest.raises(GraphError) as caught:
         server.prompt({name: wired[name] for name in ("base", "encoders", "previews", "previews shown")})
     told = str(caught.value)
-    assert "3 problems" in told
-    assert all(part in told for part in ("num_frames is 8", "width is 72", "prompts is empty"))
+    assert "4 problems" in told
+    assert all(part in told for part in ("num_frames is 8", "width is 72", "prompts is empty", "it has no config.json that can be read"))

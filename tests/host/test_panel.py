@@ -247,6 +247,22 @@ def test_a_new_lora_is_in_the_lists_and_the_graph_is_left_alone(tab, any_server)
         tab.get_by_text("writes is trained").first.wait_for()
 
 
+def test_what_the_newest_previews_measure_is_told(tab, any_server):
+    with live_run(any_server, "measures", steps=5) as run:
+        _card(tab, "measures").wait_for()
+        before = {"step-000000-0.mp4": {"flicker": 0.5, "consistency": 0.1, "sharpness": 9.0}}
+        run.event("sample", step=0, files=[*before], measures=before)
+        _shows(tab, "measures", "Previews of step 0: flicker 50 %, consistency 0.1, sharpness 9")
+        files = {
+            "step-000005-0.mp4": {"flicker": 0.004, "consistency": 0.96, "sharpness": 210.4, "adherence": 0.31},
+            "step-000005-1.mp4": {"flicker": 0.002, "consistency": 0.98, "sharpness": 220.4},
+        }
+        run.event("sample", step=5, files=[*files], measures=files)
+        told = "Previews of step 5: flicker 0.3 %, consistency 0.97, sharpness 215, fits the prompt 0.31"
+        _shows(tab, "measures", told)
+        assert "1 is perfect" in _card(tab, "measures").get_by_text(told).get_attribute("title")
+
+
 def test_a_failure_is_told_wherever_the_user_is(tab, any_server):
     with live_run(any_server, "will-fail", steps=5) as run:
         _card(tab, "will-fail").wait_for()

@@ -11,7 +11,8 @@ from .. import steering
 from ..errors import RunError
 from ..launch import last_log_lines, launch
 from ..run import Run, attach_or_create, find_run, list_runs, run_of
-from .follow import follow, one_line
+from ..run_status import last_measures
+from .follow import follow, measured, one_line
 from .verbs import add_verb
 
 if TYPE_CHECKING:
@@ -125,7 +126,10 @@ def describe(run: Run) -> str:
         lines.append(f"message: {now.message}")
     if now.request:
         lines.append(f"asked to {now.request}")
-    lines += ["last events:", *(_event_line(event) for event in run.read_events()[-_SHOWN_EVENTS:])]
+    events = run.read_events()
+    if measures := last_measures(events):
+        lines.append(f"previews of step {measures['step']}: {measured(measures)}")
+    lines += ["last events:", *(_event_line(event) for event in events[-_SHOWN_EVENTS:])]
     if now.state in ("failed", "interrupted") and (log := last_log_lines(run, 15)):
         lines += [f"end of {run.log_file}:", *(f"  {line}" for line in log.splitlines())]
     return "\n".join(lines)
@@ -133,7 +137,7 @@ def describe(run: Run) -> str:
 
 def _event_line(event: dict[str, object]) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(event.get("time", 0)))))
-    rest = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
+    rest = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event", "measures"))
     return f"  {when}  {event.get('event')} {rest}".rstrip()
 
 
