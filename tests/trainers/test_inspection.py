@@ -23,7 +23,7 @@ def test_a_28_gb_file_takes_no_time_and_no_memory(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 1.0
     assert process.memory_info().rss - before_bytes < 20 * 2**20
     assert path.stat().st_size > 28e9
-    assert (report.kind, report.family, report.variants) == ("transformer", "wan", ("wan2.1-t2v-14b",))
+    assert (report.kind, report.family, report.variants) == ("transformer", "wan", ("wan2.1-t2v-14b", "wan2.2-t2v-a14b"))
     assert report.parameters == 14_288_491_584
     assert report.nbytes == 2 * report.parameters
     assert report.config["num_layers"] == 40
@@ -49,9 +49,9 @@ def test_the_table_for_people(tmp_path: Path) -> None:
 
 
 def test_says_why_a_known_model_cannot_be_used(tmp_path: Path) -> None:
-    report = inspect_file(write_header_only(tmp_path / "i2v.safetensors", entries(shapes_of("wan2.1_i2v_14B"), torch.float16)))
+    report = inspect_file(write_header_only(tmp_path / "flf2v.safetensors", entries(shapes_of("wan2.1_flf2v_14B"), torch.float16)))
     assert (report.kind, report.family, report.variants) == ("transformer", "wan", ())
-    assert "i2v.safetensors is Wan 2.1 I2V 14B; only Wan 2.1 text to video is trained yet" in str(report)
+    assert "flf2v.safetensors is Wan 2.1 FLF2V (first and last frame); trained are Wan 2.1 T2V and I2V, Wan 2.2" in str(report)
 
 
 def test_says_what_the_tensors_cannot_tell(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_diffusers_folder_and_its_parts(tmp_path: Path) -> None:
     tiny_vae().save_pretrained(tmp_path / "vae")
     assert inspect_file(tmp_path).kind == "VAE"
     tiny_transformer().save_pretrained(tmp_path / "transformer")
-    assert inspect_file(tmp_path).variants == ("wan2.1-t2v",)
+    assert inspect_file(tmp_path).variants == ("wan2.1-t2v", "wan2.2-t2v")
     assert inspect_file(tmp_path / "vae").kind == "VAE"
 
 
