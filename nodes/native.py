@@ -52,6 +52,9 @@ def check_parts(family: Family, variant: Variant, vae: Any = None, clip: Any = N
     names, problems = family.comfyui(variant), []
     if vae is not None and (kind := type(vae.first_stage_model).__name__) not in names.vaes:
         problems.append(Problem(f"the VAE is a {kind}", f"{family.title} has its own", "Wire the model's VAE, or Load Encoders."))
+    elif vae is not None and vae.latent_channels != (channels := family.latent(variant).channels):
+        value, rule = f"the VAE gives {vae.latent_channels} channels", f"{variant.title} has {channels}"
+        problems.append(Problem(value, rule, "Wire the model's VAE, or Load Encoders."))
     if clip is not None and (kind := type(clip.tokenizer).__name__) != names.tokenizer:
         remedy = f"Choose the type {names.clip_type.lower()} in Load CLIP, or wire Load Encoders."
         problems.append(Problem(f"the CLIP reads text with a {kind}", f"{family.title} needs a {names.tokenizer}", remedy))

@@ -84,14 +84,96 @@ def _denoise(
     return {"class": type(model.model).__name__, "patched": len(model.patches), "log": log.lines}
 
 
+def _sample(
+    modules: Modules,
+    base: Mapping[str, Any],
+    inputs: str,
+    output: str,
+    steps: int,
+    cfg: float,
+    shift: float | None = None,
+    sampler: str = "euler",
+    scheduler: str = "simple",
+    lora: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """What ComfyUI's KSampler makes of given noise in float32: {"latents" (normalised), "sigmas"}.
+
+    `inputs` as for `_denoise`: clean_BCFHW (the latent image; none: zeros), negative_BLD, "negative/<key>" tensors where the
+    negative conditioning has others than "cond/<key>", and "sigmas" where not those of `scheduler`. `shift`: of Model
+    Sampling SD3 (None: without that node).
+    """
+    import comfy.sample
+    import comfy.samplers
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    log = _Log()
+    model = _with_lora(_model(modules, base, None), lora)
+    if shift is not None:
+        model = ModelSamplingSD3().patch(model, shift)[0]
+    given = load_file(inputs)
+    sigmas = given.get("sigmas", comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps))
+    noise, clean = given["noise_BCFHW"], given.get("clean_BCFHW")
+    positive = _conditioning(model, given) | dict(options or {})
+    negative = positive | _conditioning(model, given, "negative/")
+    samples = comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        [[given["text_BLD"], positive]],
+        [[given["negative_BLD"], negative]],
+        torch.zeros_like(noise) if clean is None else model.model.process_latent_out(clean),
+        noise_mask=given.get("noise_mask"),
+        sigmas=sigmas,
+        disable_pbar=True,
+        seed=0,
+    )
+    save_file({"latents": model.model.process_latent_in(samples).contiguous(), "sigmas": sigmas.clone()}, output)
+    return {"class": type(model.model).__name__, "patched": len(model.patches), "log": log.lines}
+
+
+def _bare_vae(modules: Modules, kind: str, arguments: Mapping[str, Any], weights: str, inputs: str, output: str) -> Any:
+    """What a VAE class of ComfyUI, `kind` "module:class", gives in float32: {"moments", "pixels"} of pixels_BCFHW and latents_BCFHW."""
+    module, _, name = kind.partition(":")
+    vae = getattr(importlib.import_module(module), name)(**arguments).eval()
+    vae.load_state_dict(load_file(weights), strict=True)
+    given = load_file(inputs)
+    found = {"moments": vae.encode(given["pixels_BCFHW"]), "pixels": vae.decode(given["latents_BCFHW"])}
+    save_file({name: tensor.clone().contiguous() for name, tensor in found.items()}, output)
+
+
+def _clip_vision(modules: Modules, config: str, weights: str, image: str, output: str) -> Any:
+    """What CLIP Vision Encode gives for an image_HWC with crop "none": {"rows"} before the last layer."""
+    import comfy.clip_vision
+
+    encoder = comfy.clip_vision.ClipVisionModel(config)
+    missing, unexpected = encoder.load_sd(load_file(weights))
+    found = encoder.encode_image(load_file(image)["image_HWC"][None], crop=False)
+    save_file({"rows": found["penultimate_hidden_states"][0].clone()}, output)
+    return {"missing": missing, "unexpected": unexpected}
+
+
+def _vae_of_another_variant(modules: Modules, base: Mapping[str, Any], variant: str) -> str:
+    """What is said about the VAE of a base when it is wired to another variant."""
+    vae = _run(modules, "LoadEncoders", base)[1]
+    try:
+        modules("nodes.graph_encoder").GraphEncoder(_base(modules, {**base, "variant": variant}), vae)
+    except modules("trainers.errors").CheckpointError as error:
+        return str(error)
+    return ""
+
+
 _LATENTS = ("concat_latent_image", "ref_latent")
 
 
-def _conditioning(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _conditioning(model: Any, given: Mapping[str, torch.Tensor], prefix: str = "cond/") -> dict[str, Any]:
     """The conditioning's own values, latents as a VAE gives them."""
     import comfy.clip_vision
 
-    found: dict[str, Any] = {name.removeprefix("cond/"): tensor for name, tensor in given.items() if name.startswith("cond/")}
+    found: dict[str, Any] = {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
     for name in _LATENTS:
         if name in found:
             found[name] = model.model.process_latent_out(found[name])
@@ -256,6 +338,10 @@ class _Log(logging.Handler):
 _TASKS: dict[str, Callable[..., Any]] = {
     "velocity": _velocity,
     "denoise": _denoise,
+    "sample": _sample,
+    "bare_vae": _bare_vae,
+    "clip_vision": _clip_vision,
+    "vae_of_another_variant": _vae_of_another_variant,
     "weights": _weights,
     "encode": _encode,
     "escapes": _escapes,
