@@ -13,7 +13,7 @@ import torch
 from installation import PACK, ComfyUI
 from safetensors.torch import load_file, save_file
 from tiny import TinyShape
-from wan_models import SMALL, VARIANTS, Question, open_variant, write_variant
+from wan_models import SMALL, VARIANTS, Question, config_of, open_variant, write_variant
 
 from trainers.demo import demo
 from trainers.families.wan import FAMILY
@@ -21,8 +21,8 @@ from trainers.family import TextRecord
 from trainers.flow import noised
 from trainers.job import LoraSpec
 from trainers.load import native_state
-from trainers.lora import adapter_state, inject
-from trainers.lora_format import write_lora
+from trainers.lora import adapter_state, inject, load_adapter_state
+from trainers.lora_format import read_lora, write_lora
 from trainers.sample import Solver, sample_latents
 
 TOLERANCE = 1e-4
@@ -67,9 +67,7 @@ def prepared(case: Case, folder: Path) -> list[dict[str, Any]]:
     folder.mkdir()
     stored = torch.float32 if case.shape is SMALL else torch.bfloat16
     path = write_variant(folder, case.variant, case.shape, stored)
-    detection, transformer = open_variant(path)
-    assert detection.variant.id == case.variant
-    spec = LoraSpec(rank=4)
+    transformer, spec = FAMILY.build(config_of(case.variant, case.shape)), LoraSpec(rank=4)
     with torch.no_grad():
         for parameter in inject(transformer, FAMILY, spec, seed=0):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
@@ -90,10 +88,11 @@ def check(case: Case, folder: Path, tasks: list[dict[str, Any]], told: list[Any]
     expected = noised(question.clean_BCFHW, question.noise_BCFHW, torch.tensor([question.sigma]))
     torch.testing.assert_close(noisy[:, :, first:], expected[:, :, first:], rtol=0, atol=1e-5)
 
-    _, transformer = open_variant(Path(tasks[0]["base"]["transformer"]))
+    detection, transformer = open_variant(Path(tasks[0]["base"]["transformer"]))
+    assert detection.variant.id == case.variant
     bare = question.velocity(transformer, noisy)[:, :, first:]
     layers = inject(transformer, FAMILY, LoraSpec(rank=4), seed=0)
-    _fill(transformer, folder / "lora.safetensors")
+    load_adapter_state(transformer, read_lora(folder / "lora.safetensors", FAMILY))
     patched = question.velocity(transformer, noisy)[:, :, first:]
     native_bare, native_patched = (answer["velocity"][:, :, first:] for answer in answers)
     figures = {"bare": relative(native_bare, bare), "with LoRA": relative(native_patched, patched)}
@@ -104,13 +103,6 @@ def check(case: Case, folder: Path, tasks: list[dict[str, Any]], told: list[Any]
     assert {answer["class"] for answer in told} == {CLASSES.get(case.variant, "WAN21")}
     assert (told[0]["patched"], told[1]["patched"]) == (0, len(layers) // 2)
     assert not [line for answer in told for line in answer["log"] if "not loaded" in line.lower()]
-
-
-def _fill(transformer: torch.nn.Module, lora: Path) -> None:
-    from trainers.lora import load_adapter_state
-    from trainers.lora_format import read_lora
-
-    load_adapter_state(transformer, read_lora(lora, FAMILY))
 
 
 @pytest.mark.parametrize("cases", [TINY, WIDE], ids=["tiny", "one layer at true width"])
