@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..trainers.errors import LoraError, Problem
 from ..trainers.experts import lora_of
-from ..trainers.lora_metadata import LoraDescription, describe, expert_of
+from ..trainers.lora_description import LoraDescription, describe, expert_of
 from ..trainers.run import Run
 from . import host, native_lora
 from .records import RUN, RunFolder

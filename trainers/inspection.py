@@ -80,7 +80,7 @@ def inspect_file(path: Path | str) -> Report:
 
 
 def _lora(checkpoint: Checkpoint) -> Report:
-    from .lora_metadata import describe
+    from .lora_description import describe
 
     file = next(iter(checkpoint.tensors.values())).file  # of a folder with one LoRA, that one
     try:
