@@ -36,7 +36,7 @@ from .lora_fold import fold, fuse, split, unfold
 from .lora_keys import Form, Part, Spelled, check_plain, diffusers_key, family_of_lora, kohya_key, native_key, parse
 from .stable_file import save_file
 
-__all__ = ["Adapter", "Form", "LoraHeader", "LoraPair", "convert", "read_header", "read_lora", "write_lora"]
+__all__ = ["Adapter", "Form", "LoraHeader", "LoraPair", "convert", "native_tensors", "read_header", "read_lora", "write_lora"]
 
 UNFOLD_KEY = "video_trainer.unfold"
 """What folding hid: {"alpha": number or {module: number}, "dtype": of B, if folding had to widen it}."""
@@ -71,21 +71,22 @@ def write_lora(
     `metadata` is added to the adapter's own. Raises LoraError when `path` holds something else (unless `overwrite`) or the
     magnitudes of a DoRA are not those of the form, and KeyTableError when the family has no such module.
     """
-    _check_magnitudes(adapter, form, path.name)
-    modules = dict(adapter.modules)
-    record = {}
-    if form != "kohya":
-        record = _recorded(modules)
-        modules = {name: fold(pair) for name, pair in modules.items()}
-    spelled = modules if form == "diffusers" else _native_pairs(modules, family)
+    record = {} if form == "kohya" else _recorded(adapter.modules)
+    tensors = _spelled(adapter, family, form, path.name)
     try:
-        save_file(_tensors(spelled, form), path, {**adapter.metadata, **(metadata or {}), "format": "pt", **record}, overwrite=overwrite)
+        save_file(tensors, path, {**adapter.metadata, **(metadata or {}), "format": "pt", **record}, overwrite=overwrite)
     except FileExistsError:
         problem = Problem(f"{path} exists and is another file", "no file is overwritten", "Choose another name or move it away.")
         raise LoraError(str(problem)) from None
     except OSError as error:
         problem = Problem(f"{path} cannot be written ({error.strerror})", "the folder must exist and have room", "Choose another folder.")
         raise LoraError(str(problem)) from None
+
+
+def native_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file of any form as the native form has them. Raises LoraError as reading and writing do."""
+    family, adapter = _read_lora(path, None)
+    return _spelled(adapter, family, "native", path.name)
 
 
 def convert(source: Path, target: Path, form: Form, base: Path | None = None) -> None:
@@ -170,7 +171,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def check_shapes(spelled: Spelled, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise LoraError for factors that do not fit each other."""
-    for module, keys in spelled.modules.items():
+    pairs = {module: keys for module, keys in spelled.modules.items() if "down" in keys}
+    for module, keys in pairs.items():
         down, up = shapes[keys["down"]], shapes[keys["up"]]
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             value = f"{where}: {module} has A {down} and B {up}"
@@ -269,14 +271,18 @@ def _native_pairs(modules: Mapping[str, LoraPair], family: Family) -> dict[str, 
     return found
 
 
-def _tensors(modules: Mapping[str, LoraPair], form: Form) -> dict[str, torch.Tensor]:
+def _spelled(adapter: Adapter, family: Family, form: Form, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file called `name` in a form."""
+    _check_magnitudes(adapter, form, name)
+    modules = adapter.modules if form == "kohya" else {module: fold(pair) for module, pair in adapter.modules.items()}
+    modules = modules if form == "diffusers" else _native_pairs(modules, family)
     spell = {"native": native_key, "diffusers": diffusers_key, "kohya": kohya_key}[form]
     found: dict[str, torch.Tensor] = {}
-    for name, pair in modules.items():
+    for module, pair in modules.items():
         magnitude = pair.magnitude
         if magnitude is not None and form == "diffusers":
             magnitude = magnitude.squeeze(1)
         alpha = torch.tensor(pair.alpha) if form == "kohya" else None
         parts: dict[Part, torch.Tensor | None] = {"down": pair.down_RI, "up": pair.up_OR, "alpha": alpha, "magnitude": magnitude}
-        found |= {spell(name, part): tensor for part, tensor in parts.items() if tensor is not None}
+        found |= {spell(module, part): tensor for part, tensor in parts.items() if tensor is not None}
     return found
