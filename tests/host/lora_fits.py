@@ -12,16 +12,18 @@ from inside import load_pack
 from safetensors.torch import save_file
 
 
-def main(pack: str, transformer: str, files: Mapping[str, str], weights: Mapping[str, str]) -> dict[str, Any]:
-    """{name: [matched, total, misfits] or what was said} of `files`; `weights` {LoRA file: where its patched weights go}."""
+def main(pack: str, transformer: str, files: Mapping[str, str], lora: str, weights: str, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What Apply LoRA says of each of `files`, and the answers to `tasks`; `weights` is where those go that `lora` makes."""
+    import native_answers
+
+    answers = native_answers.main(pack, tasks)
     name = load_pack(pack).__name__
     native, lora_node = (importlib.import_module(f"{name}.nodes.{module}") for module in ("native", "lora"))
     family = importlib.import_module(f"{name}.trainers.families.wan").FAMILY
     with torch.inference_mode():
         model = native.load_transformer(Path(transformer), family, {"dtype": torch.float32})
-        for file, target in weights.items():
-            save_file(_patched_weights(model, file), target)
-        return {each: _fit(lora_node, model, Path(path)) for each, path in files.items()}
+        save_file(_patched_weights(model, lora), weights)
+        return {"answers": answers, "files": {each: _fit(lora_node, model, Path(path)) for each, path in files.items()}}
 
 
 def _fit(lora_node: Any, model: Any, path: Path) -> Any:

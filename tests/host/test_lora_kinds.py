@@ -11,7 +11,7 @@ import pytest
 import torch
 from installation import PACK, ComfyUI
 from safetensors.torch import load_file, save_file
-from test_native_model import Case, ask, questions, relative, velocity
+from test_native_model import Case, questions, relative, velocity
 from tiny import WAN, TinyShape, tiny_job
 
 from trainers.adapter import Adapter
@@ -59,12 +59,19 @@ def our_velocity(case: Case, transformer: Any) -> torch.Tensor:
         return WAN.predict(transformer, inputs, text)
 
 
-def test_core_makes_of_a_dora_the_weights_and_the_answers_that_were_trained(
-    comfyui: ComfyUI, case: Case, trained: Any, tmp_path: Path
-) -> None:
-    bare, patched, weights = (tmp_path / name for name in ("bare", "patched", "weights"))
-    _, told = ask(comfyui, velocity(case, bare), velocity(case, patched, case.lora))
-    comfyui.call("lora_fits.py", pack=str(PACK), transformer=str(case.transformer), files={}, weights={str(case.lora): str(weights)})
+@pytest.fixture(scope="module")
+def told(comfyui: ComfyUI, case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one ComfyUI answers to all of it; "folder" is where its tensors lie."""
+    folder = tmp_path_factory.mktemp("answers")
+    answers = [velocity(case, folder / "bare"), velocity(case, folder / "patched", case.lora)]
+    files = {name: str(path) for name, path in all_files(folder, case).items()}
+    given = {"pack": str(PACK), "transformer": str(case.transformer), "files": files, "lora": str(case.lora)}
+    return comfyui.call("lora_fits.py", **given, weights=str(folder / "weights"), tasks=answers) | {"folder": folder}
+
+
+def test_core_makes_of_a_dora_the_weights_and_the_answers_that_were_trained(told: dict[str, Any], case: Case, trained: Any) -> None:
+    bare, patched, weights = (told["folder"] / name for name in ("bare", "patched", "weights"))
+    patching = told["answers"][1]
     found, expected = load_file(weights), merged(trained)
     stored = load_file(case.transformer)
     figures = {
@@ -79,8 +86,8 @@ def test_core_makes_of_a_dora_the_weights_and_the_answers_that_were_trained(
     assert figures["answer"] < TOLERANCE
     assert figures["effect"] > 100 * TOLERANCE
     assert figures["magnitudes taken as peft's"] > 10 * TOLERANCE
-    assert told["patched"] == len(found) == len(load_file(case.lora)) // 3
-    assert not [line for line in told["log"] if "not loaded" in line.lower() or "error" in line.lower()]
+    assert patching["patched"] == len(found) == len(load_file(case.lora)) // 3
+    assert not [line for line in patching["log"] if "not loaded" in line.lower() or "error" in line.lower()]
 
 
 def merged(transformer: Any) -> dict[str, torch.Tensor]:
@@ -105,23 +112,22 @@ def adapted(transformer: Any) -> dict[str, Any]:
     return {name: layer for name, layer in transformer.named_modules() if hasattr(layer, "lora_magnitude_vector")}
 
 
-def test_every_form_and_kind_is_counted(comfyui: ComfyUI, case: Case, tmp_path: Path) -> None:
-    files = {"native": case.lora, **lycoris(tmp_path), **plain_forms(tmp_path, case)}
-    convert(case.lora, tmp_path / "dora_kohya.safetensors", "kohya")
-    convert(case.lora, tmp_path / "dora_peft.safetensors", "diffusers", case.transformer)
-    files |= {name: tmp_path / f"{name}.safetensors" for name in ("dora_kohya", "dora_peft")}
-    told = comfyui.call(
-        "lora_fits.py", pack=str(PACK), transformer=str(case.transformer), files={k: str(v) for k, v in files.items()}, weights={}
-    )
-    layers = len(load_file(case.lora)) // 3
-    all_matched = [f"{layers} of {layers} layers matched, strength 1"]
+def test_every_form_and_kind_is_counted(told: dict[str, Any], case: Case) -> None:
+    found, layers = told["files"], len(load_file(case.lora)) // 3
     for name in ("native", "dora_kohya", "native plain", "kohya plain", "diffusers plain", "peft plain", "bare plain"):
-        assert told[name] == all_matched, name
-    assert "ComfyUI divides rows by their length in the base" in told["dora_peft"]
+        assert found[name] == [f"{layers} of {layers} layers matched, strength 1"], name
+    assert "ComfyUI divides rows by their length in the base" in found["dora_peft"]
     for name in ("lokr", "loha"):
-        assert told[name] == ["2 of 2 layers matched, strength 1"], name
-    assert told["half"][0] == "1 of 2 layers matched, strength 1"
-    assert "lokr_large.safetensors is for a model of another size" in told["lokr_large"]
+        assert found[name] == ["2 of 2 layers matched, strength 1"], name
+    assert found["half"][0] == "1 of 2 layers matched, strength 1"
+    assert "lokr_large.safetensors is for a model of another size" in found["lokr_large"]
+
+
+def all_files(folder: Path, case: Case) -> dict[str, Path]:
+    files = {"native": case.lora, **lycoris(folder), **plain_forms(folder, case)}
+    convert(case.lora, folder / "dora_kohya.safetensors", "kohya")
+    convert(case.lora, folder / "dora_peft.safetensors", "diffusers", case.transformer)
+    return files | {name: folder / f"{name}.safetensors" for name in ("dora_kohya", "dora_peft")}
 
 
 def lycoris(folder: Path) -> dict[str, Path]:
