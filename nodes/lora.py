@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from comfy_api.latest import io
 
 from ..trainers.errors import LoraError, Problem
 from ..trainers.experts import lora_of
-from ..trainers.lora_metadata import LoraDescription, describe, expert_of
+from ..trainers.lora_description import LoraDescription, describe, expert_of
+from ..trainers.lora_format import native_tensors
 from ..trainers.run import Run
 from . import host, native_lora
 from .records import RUN, RunFolder
@@ -97,6 +99,8 @@ def _applied(model: Any, path: Path | None, strength: float) -> tuple[Any, list[
     if model is None or path is None:
         return model, [] if model is None else ["the other expert is unchanged: the LoRA was not trained for it"]
     fit = native_lora.fit(model, host.read_tensors(path))
+    if not fit.matched and (native := _under_native_names(path)):
+        fit = native_lora.fit(model, native)
     _check(fit, path)
     told = [f"{path.name}: {fit.matched} of {fit.total} layers matched, strength {strength:g}"]
     return native_lora.patched(model, fit, strength), told + [f"not used: {name}" for name in fit.unmatched[:5]]
@@ -113,6 +117,15 @@ def _path(lora: str) -> Path:
     if lora.endswith(NEWEST):
         return newest_lora(Run.open(host.runs_folder() / lora.removesuffix(NEWEST)))
     return host.lora_path(lora)
+
+
+def _under_native_names(path: Path) -> Mapping[str, Any]:
+    """The tensors of a file whose own names ComfyUI does not read; empty for one that is read nowhere else either.
+
+    Raises LoraError for a DoRA of peft, whose magnitudes are other numbers here.
+    """
+    found = _described(path)
+    return native_tensors(path) if found and found.kind in ("LoRA", "DoRA") and not found.also else {}
 
 
 def _check(fit: native_lora.Fit, path: Path) -> None:

@@ -39,7 +39,7 @@ def fit(model: Any, tensors: Mapping[str, torch.Tensor]) -> Fit:
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(tensors, names, log_missing=False)
     layers = dict.fromkeys(_layer(key) for key in tensors)
-    unmatched = tuple(name for name in layers if name not in names)
+    unmatched = tuple(name for name in layers if not _is_patched(names.get(name), patches))
     return Fit(type(model.model).__name__, patches, len(layers), unmatched, tuple(_misfits(model, patches)))
 
 
@@ -50,7 +50,16 @@ def patched(model: Any, fit: Fit, strength: float) -> Any:
     return clone
 
 
-_ENDINGS = (".lora_A", ".lora_B", ".lora_up", ".lora_down", ".lora.up", ".lora.down", "_lora.up", "_lora.down", ".alpha", ".dora_scale")
+_ENDINGS = (
+    *(".lora_A", ".lora_B", ".lora_up", ".lora_down", ".lora_mid", ".lora.up", ".lora.down", "_lora.up", "_lora.down"),
+    *(".lora_linear_layer.up", ".lora_linear_layer.down", ".alpha", ".dora_scale", ".lora_magnitude_vector"),
+)
+
+
+def _is_patched(key: Any, patches: Mapping[Any, Any]) -> bool:
+    """Whether a model's key, or a part or the bias of its weight, is patched; None is no key."""
+    weight = key[0] if isinstance(key, tuple) else key
+    return key in patches or (isinstance(weight, str) and f"{weight.removesuffix('.weight')}.bias" in patches)
 
 
 def _layer(key: str) -> str:
@@ -60,14 +69,38 @@ def _layer(key: str) -> str:
 
 
 def _misfits(model: Any, patches: Mapping[Any, Any]) -> list[tuple[str, Shape, Shape]]:
-    """Low-rank layers whose product has not the shape of the weight."""
+    """Layers whose change of a weight has not the weight's shape."""
     found = []
     for key, patch in patches.items():
-        if not isinstance(key, str) or getattr(patch, "name", "") != "lora":
+        shape = _shape(patch) if isinstance(key, str) else None
+        if shape is None:
             continue
-        up, down, _, middle, _, reshape = patch.weights
         weight = comfy.utils.get_attr(model.model, key)
-        shape = (up.shape[0], down.flatten(1).shape[1])
-        if middle is None and reshape is None and shape != tuple(weight.flatten(1).shape):
+        if shape != tuple(weight.flatten(1).shape):
             found.append((key, tuple(weight.shape), shape))
     return found
+
+
+def _shape(patch: Any) -> Shape | None:
+    """Outputs and inputs of what a patch adds; None where that is not known beforehand."""
+    kind = getattr(patch, "name", "")
+    if kind == "lora":
+        up, down, _, middle, _, reshape = patch.weights
+        return (up.shape[0], down.flatten(1).shape[1]) if middle is None and reshape is None else None
+    if kind == "loha":
+        first, second, _, _, _, middle, _, _ = patch.weights
+        return (first.shape[0], second.shape[1]) if middle is None else None
+    if kind == "lokr":
+        left, right, _, left_up, left_down, right_up, right_down, middle, _ = patch.weights
+        shapes = [_product(left, left_up, left_down), _product(right, right_up, right_down)]
+        return (shapes[0][0] * shapes[1][0], shapes[0][1] * shapes[1][1]) if middle is None else None
+    return None
+
+
+def _product(whole: torch.Tensor | None, up: torch.Tensor | None, down: torch.Tensor | None) -> Shape:
+    """Shape of a factor of a LoKr, given whole or as a product."""
+    if whole is not None:
+        return tuple(whole.flatten(1).shape)
+    assert up is not None
+    assert down is not None
+    return up.shape[0], down.flatten(1).shape[1]

@@ -25,7 +25,7 @@ class Setting:
 
 def settings() -> tuple[Setting, ...]:
     """Every setting, the main ones first."""
-    return (*_main(), *_length(), *_adapter(), *_optimizer(), *_noise(), *_keeping(), *_machine(), *_start(), *_experts())
+    return (*_main(), *_length(), *_adapter(), *_optimizer(), *_noise(), *_keeping(), *_machine(), *_start(), *_experts(), *_later())
 
 
 def job_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,5 +369,19 @@ def _experts() -> tuple[Setting, ...]:
             round=1e-8,
             unset=0.0,
             tooltip="Wan 2.2 A14B: peak learning rate of the low-noise expert. 0: that of the other.",
+        ),
+    )
+
+
+def _later() -> tuple[Setting, ...]:
+    """What came after the first release."""
+    return (
+        _folded(
+            "lora.dora",
+            io.Boolean,
+            "dora",
+            default=False,
+            tooltip="Also learn the length of each row of the weights (DoRA): closer to full training at the same rank, slower, and "
+            "only over bf16 or fp16 models, not fp8.",
         ),
     )

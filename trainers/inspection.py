@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from .family import families
 
 Kind = Literal["transformer", "VAE", "text encoder", "image encoder", "LoRA", "unknown"]
 
-_LORA_PARTS = (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora.down", "_lora.up", ".lora.down", ".lora.up", ".lokr_", ".hada_")
+_LORA_KEY = re.compile(
+    r"[._]lora[._](A|B|up|down|mid)\b|\.lora_linear_layer\.|\.(lokr|hada|oft)_|\.(diff|diff_b|reshape_weight|set_weight|dora_scale)$"
+)
 # A key of each encoder that goes with a video model, in the spellings of transformers and of the original repositories.
 _ENCODERS: Mapping[str, tuple[Kind, str]] = {
     "encoder.block.0.layer.0.SelfAttention.q.weight": ("text encoder", "T5 or UMT5"),
@@ -74,13 +77,13 @@ def inspect_file(path: Path | str) -> Report:
     path = Path(path).expanduser()
     component: Component = next((name for name in ("transformer", "vae", "text_encoder") if (path / name).is_dir()), "transformer")
     checkpoint = Checkpoint.open(path, component)
-    if any(part in name for name in checkpoint.tensors for part in _LORA_PARTS):
+    if any(_LORA_KEY.search(name) for name in checkpoint.tensors):
         return _lora(checkpoint)
     return _transformer(checkpoint) or _vae(Checkpoint.open(path, "vae")) or _encoder(Checkpoint.open(path, "text_encoder"))
 
 
 def _lora(checkpoint: Checkpoint) -> Report:
-    from .lora_metadata import describe
+    from .lora_description import describe
 
     file = next(iter(checkpoint.tensors.values())).file  # of a folder with one LoRA, that one
     try:

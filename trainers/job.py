@@ -57,6 +57,8 @@ class LoraSpec(_Spec):
     """Which Linears of the blocks are adapted."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapter's input."""
+    dora: bool = False
+    """Also train the length of each row of the weights (DoRA); slower, and not over fp8."""
 
 
 class OptimizerSpec(_Spec):

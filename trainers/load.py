@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -66,6 +67,24 @@ def load_vae(checkpoint: Checkpoint, detection: VaeDetection, device: torch.devi
     module = detection.family.build_vae(detection).requires_grad_(False).eval()
     source = _Source(checkpoint, _places(checkpoint, detection.vae.keys, module), device)
     return _filled(module, {name: source.dense(name, dtype) for name in module.state_dict()}, device)
+
+
+def linear_weights(path: Path, family: Family) -> Callable[[str], torch.Tensor]:
+    """The dense float32 weights of a transformer's file or folder, each by the diffusers name of its Linear.
+
+    Raises CheckpointError when the file cannot be read or, asked for a name, has no such weight.
+    """
+    checkpoint = Checkpoint.open(path)
+
+    def weight(module: str) -> torch.Tensor:
+        name = f"{module}.weight"
+        place = Place(name) if name in checkpoint.tensors else family.keys.to_native(name)
+        if place.name not in checkpoint.tensors:
+            problem = Problem(f"{path.name} has no {place.name}", "the base is the model of the LoRA", "Give that model's file.")
+            raise CheckpointError(problem)
+        return _Source(checkpoint, {name: place}, torch.device("cpu")).dense(name, torch.float32)
+
+    return weight
 
 
 def under_native_names(state: Mapping[str, torch.Tensor], table: KeyTable) -> dict[str, torch.Tensor]:

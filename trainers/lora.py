@@ -12,58 +12,44 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .adapter import Adapter, LoraPair, float32
-from .errors import LoraError, Problem
+from .dora import Weights, as_dora, with_lengths
+from .errors import KeyTableError, LoraError, Problem
 from .family import Family, LoraTargets
 from .job import LoraSpec
 from .lora_keys import listed
+from .masters import Magnitude, MasterLinear
+from .offload.linear import FrozenLinear
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 ADAPTER = "default"
-
-
-class MasterLinear(nn.Linear):
-    """A factor of a LoRA: a float32 master weight, used in the dtype of its input."""
-
-    weight: nn.Parameter
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MasterLinear:
-        """Moves the weight where `fn` moves tensors, in float32: `.to(dtype)` of the transformer does not reach it."""
-
-        def moved(weight: torch.Tensor) -> torch.Tensor:
-            return fn(weight) if weight.is_meta else weight.to(fn(weight.new_empty(0)).device)
-
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def inject(transformer: nn.Module, family: Family, spec: LoraSpec, seed: int, *, device: torch.device | None = None) -> list[nn.Parameter]:
     """Freeze the transformer, put a LoRA on its target Linears, and return the parameters to train.
 
-    A is uniform in +-1/sqrt(I), B is zero: the output is unchanged. Each A depends on `seed` and its module's name only;
+    A is uniform in +-1/sqrt(I), B is zero, and a DoRA's magnitudes are the lengths of the base's rows: the output is
+    unchanged. Each A depends on `seed` and its module's name only;
     no global generator is touched. `device` is where the parameters live; None: beside each base weight (CPU for a base
     on meta).
 
-    Raises LoraError when no Linear matches or the transformer has a LoRA already.
+    Raises LoraError when no Linear matches, the transformer has a LoRA already, or a DoRA meets a base that is not dense.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    pattern = _target_pattern(family.targets, spec.targets)
+    pattern = target_pattern(family.targets, spec.targets)
     _check_targets(transformer, family, pattern)
+    if spec.dora:
+        _check_dense(transformer, pattern)
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=spec.rank,
@@ -71,6 +57,7 @@ def inject(transformer: nn.Module, family: Family, spec: LoraSpec, seed: int, *,
         lora_dropout=spec.dropout,
         target_modules=pattern,
         init_lora_weights=False,
+        use_dora=spec.dora,
     )
     inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     return [parameter for name, layer in _layers(transformer) for parameter in _make_masters(layer, name, spec.rank, seed, device)]
@@ -79,20 +66,31 @@ def inject(transformer: nn.Module, family: Family, spec: LoraSpec, seed: int, *,
 def adapter_state(transformer: nn.Module, spec: LoraSpec) -> Adapter:
     """The LoRA of an injected transformer, as float32 copies on the CPU, by diffusers module names."""
     alpha = _alpha(spec)
-    return Adapter({name: LoraPair(_copy(_factor(layer, "A")), _copy(_factor(layer, "B")), alpha) for name, layer in _layers(transformer)})
+    return Adapter({name: _pair(layer, alpha) for name, layer in _layers(transformer)})
+
+
+def base_weights(transformer: nn.Module) -> Weights:
+    """The base weight of each adapted Linear, as `dora` asks for them."""
+    layers = dict(_layers(transformer))
+    return lambda name: layers[name].get_base_layer().weight.detach()
 
 
 def load_adapter_state(transformer: nn.Module, adapter: Adapter) -> None:
     """Set the LoRA of an injected transformer to `adapter`'s.
 
-    A different alpha is taken into B, so the effect is the adapter's. Raises LoraError, with every difference, unless
-    modules, shapes and ranks are the same.
+    A different alpha is taken into B, so the effect is the adapter's; a plain LoRA becomes a DoRA of the same effect where
+    one is trained. Raises LoraError, with every difference, unless modules, shapes and ranks are the same.
     """
     layers = dict(_layers(transformer))
     if problems := _differences(layers, adapter):
         raise LoraError("\n".join(str(problem) for problem in problems))
+    if any(_magnitude(layer) is not None for layer in layers.values()):
+        weights = base_weights(transformer)
+        adapter = with_lengths(adapter, "adapted", weights) if adapter.is_dora else as_dora(adapter, weights)
     with torch.no_grad():
         for name, pair in adapter.modules.items():
+            if pair.magnitude is not None:
+                _magnitude(layers[name]).copy_(pair.magnitude.squeeze(1))
             rescale = pair.scale / layers[name].scaling[ADAPTER]
             _factor(layers[name], "A").copy_(pair.down_RI)
             _factor(layers[name], "B").copy_(pair.up_OR if rescale == 1.0 else pair.up_OR.float() * rescale)
@@ -120,7 +118,8 @@ def _alpha(spec: LoraSpec) -> float:
     return float32(spec.alpha or spec.rank)
 
 
-def _target_pattern(targets: LoraTargets, which: str) -> str:
+def target_pattern(targets: LoraTargets, which: str) -> str:
+    """A regular expression for the diffusers names of the Linears that `LoraSpec.targets` stands for."""
     patterns = targets.attention if which == "attention" else targets.attention + targets.feed_forward
     return "|".join(f"(?:{pattern})" for pattern in patterns)
 
@@ -132,6 +131,38 @@ def _check_targets(transformer: nn.Module, family: Family, pattern: str) -> None
     if not any(isinstance(module, nn.Linear) and re.fullmatch(pattern, name) for name, module in transformer.named_modules()):
         value = f"no Linear of {type(transformer).__name__} is a target of {family.title}"
         raise LoraError(str(Problem(value, "a LoRA needs layers to adapt", "Check that the transformer is of this family.")))
+
+
+def dora_problem(checkpoint: Checkpoint, family: Family, spec: LoraSpec) -> Problem | None:
+    """Why a DoRA cannot be trained on a checkpoint, by the dtypes in its header; None when it can, or none is asked for."""
+    if not spec.dora:
+        return None
+    pattern = target_pattern(family.targets, spec.targets)
+    packed = {name.removesuffix(".weight"): stored.dtype for name, stored in checkpoint.tensors.items() if stored.dtype.itemsize == 1}
+    found = {name: dtype for name, dtype in packed.items() if any(re.fullmatch(pattern, module) for module in _modules(name, family))}
+    if not found:
+        return None
+    dtype = str(next(iter(found.values()))).removeprefix("torch.")
+    return _not_dense(f"lora.dora is true and {checkpoint.path.name} stores {len(found)} of the layers it trains as {dtype}")
+
+
+def _modules(name: str, family: Family) -> list[str]:
+    """What a checkpoint's module is called in diffusers, whichever of the two namings it has."""
+    with suppress(KeyTableError):
+        return [name, *(place.name for place in family.keys.to_diffusers(name))]
+    return [name]
+
+
+def _check_dense(transformer: nn.Module, pattern: str) -> None:
+    stored = [name for name, module in transformer.named_modules() if isinstance(module, FrozenLinear) and re.fullmatch(pattern, name)]
+    if stored:
+        raise LoraError(str(_not_dense(f"{listed(stored)} are kept as they are stored")))
+
+
+def _not_dense(value: str) -> Problem:
+    """The problem of a DoRA on a base of which `value` is said."""
+    rule = "DoRA measures every row of the base in each step, so the base must be dense"
+    return Problem(value, rule, "Give the bf16 or fp16 file of the model, or set lora.dora to false.")
 
 
 def _layers(transformer: nn.Module) -> list[tuple[str, Any]]:
@@ -149,7 +180,11 @@ def _make_masters(layer: Any, name: str, rank: int, seed: int, device: torch.dev
     up = MasterLinear(torch.zeros(layer.out_features, rank, device=device))
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = down, up
     layer.cast_input_dtype_enabled = False
-    return [down.weight, up.weight]
+    if not layer.lora_magnitude_vector:
+        return [down.weight, up.weight]
+    lengths_O = layer.get_base_layer().weight.detach().float().norm(dim=1).to(device)
+    layer.lora_magnitude_vector[ADAPTER] = magnitude = Magnitude(lengths_O)
+    return [down.weight, up.weight, magnitude.weight]
 
 
 def _initial_down(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor:
@@ -166,6 +201,17 @@ def _factor(layer: Any, letter: str) -> nn.Parameter:
     return weight
 
 
+def _magnitude(layer: Any) -> Any:
+    """The magnitudes (O,) of a DoRA layer, or None."""
+    return layer.lora_magnitude_vector[ADAPTER].weight if layer.lora_magnitude_vector else None
+
+
+def _pair(layer: Any, alpha: float) -> LoraPair:
+    magnitude = _magnitude(layer)
+    copied = None if magnitude is None else _copy(magnitude).unsqueeze(1)
+    return LoraPair(_copy(_factor(layer, "A")), _copy(_factor(layer, "B")), alpha, copied)
+
+
 def _copy(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
 
@@ -180,10 +226,23 @@ def _differences(layers: dict[str, Any], adapter: Adapter) -> list[Problem]:
         found.append(Problem(f"the LoRA also has {listed(extra)}", rule, remedy))
     for name in sorted(set(layers) & set(adapter.modules)):
         here, there = _shapes(_factor(layers[name], "A"), _factor(layers[name], "B")), adapter.modules[name].shapes
+        if adapter.modules[name].magnitude is not None and (problem := _magnitude_problem(layers[name], name, adapter.modules[name])):
+            found.append(problem)
         if here != there:
             value = f"{name} of the LoRA has rank {there[0][0]} (A {there[0]}, B {there[1]})"
             found.append(Problem(value, f"this job has rank {here[0][0]} (A {here[0]}, B {here[1]})", "Set `lora.rank` to the LoRA's."))
     return found[:10]
+
+
+def _magnitude_problem(layer: Any, name: str, pair: LoraPair) -> Problem | None:
+    """Why the magnitudes of a DoRA cannot be taken over, or None."""
+    assert pair.magnitude is not None
+    here, there = _magnitude(layer), tuple(pair.magnitude.shape)
+    if here is None:
+        return Problem(f"{name} of the LoRA is a DoRA", "this job trains a plain LoRA", "Set `lora.dora` to true.")
+    if there != (len(here), 1):
+        return Problem(f"{name} of the DoRA has magnitudes {there}", f"one for each row is trained, ({len(here)}, 1)", "Use another LoRA.")
+    return None
 
 
 def _shapes(down: torch.Tensor, up: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,6 +8,9 @@ alpha; `kohya` keeps B as trained beside its alpha. The metadata remember what f
                                   scale is a power of two or B is stored in 16 bits; for a float32 B and another scale
                                   (e.g. alpha 24, rank 32) some elements of B differ in their last place
 
+The magnitudes of a DoRA keep their bits between native and kohya, where they mean what ComfyUI makes of them; between
+these and the diffusers form they are converted, which needs the base (see `dora`).
+
 A file is never changed in place: writing over a file with other bytes is refused.
 """
 
@@ -18,33 +21,37 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapter import Adapter, LoraPair
+from .adapter import Adapter, Lengths, LoraPair
+from .dora import with_lengths
 from .errors import LoraError, Problem
 from .family import Family
+from .load import linear_weights
 from .lora_fold import fold, fuse, split, unfold
-from .lora_keys import Form, Part, Spelled, diffusers_key, family_of_lora, kohya_key, native_key, parse
+from .lora_keys import Form, Part, Spelled, check_plain, diffusers_key, family_of_lora, kohya_key, native_key, parse
 from .stable_file import save_file
 
-__all__ = ["Adapter", "Form", "LoraHeader", "LoraPair", "convert", "read_header", "read_lora", "write_lora"]
+__all__ = ["Adapter", "Form", "LoraHeader", "LoraPair", "convert", "native_tensors", "read_header", "read_lora", "write_lora"]
 
 UNFOLD_KEY = "video_trainer.unfold"
 """What folding hid: {"alpha": number or {module: number}, "dtype": of B, if folding had to widen it}."""
 PEFT_KEY = "lora_adapter_metadata"
 """diffusers' header entry with the LoraConfig, its fields prefixed by "transformer."."""
 _OURS_TO_MAKE = {"format", UNFOLD_KEY, PEFT_KEY}
+_LENGTHS: dict[Form, Lengths] = {"native": "base", "kohya": "base", "diffusers": "adapted"}
+_OTHER_FORM: dict[Form, str] = {"native": "diffusers form", "kohya": "diffusers form", "diffusers": "native form"}
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_lora(path: Path, family: Family | None = None) -> Adapter:
     """The LoRA in a safetensors file of any form; B as it was trained, where the file tells.
 
-    Raises LoraError when the file cannot be read, holds anything that is not a LoRA pair, or is a LoRA of another family
+    Raises LoraError when the file cannot be read, holds anything that is not a LoRA or DoRA pair, or is a LoRA of another family
     than `family` (None: of any that is known).
     """
     return _read_lora(path, family)[1]
@@ -61,17 +68,13 @@ def write_lora(
 ) -> None:
     """Write a LoRA in one of the forms; equal adapters and metadata are equal bytes.
 
-    `metadata` is added to the adapter's own. Raises LoraError when `path` holds something else (unless `overwrite`), and
-    KeyTableError when the family has no such module.
+    `metadata` is added to the adapter's own. Raises LoraError when `path` holds something else (unless `overwrite`) or the
+    magnitudes of a DoRA are not those of the form, and KeyTableError when the family has no such module.
     """
-    modules = dict(adapter.modules)
-    record = {}
-    if form != "kohya":
-        record = _recorded(modules)
-        modules = {name: fold(pair) for name, pair in modules.items()}
-    spelled = modules if form == "diffusers" else _native_pairs(modules, family)
+    record = {} if form == "kohya" else _recorded(adapter.modules)
+    tensors = _spelled(adapter, family, form, path.name)
     try:
-        save_file(_tensors(spelled, form), path, {**adapter.metadata, **(metadata or {}), "format": "pt", **record}, overwrite=overwrite)
+        save_file(tensors, path, {**adapter.metadata, **(metadata or {}), "format": "pt", **record}, overwrite=overwrite)
     except FileExistsError:
         problem = Problem(f"{path} exists and is another file", "no file is overwritten", "Choose another name or move it away.")
         raise LoraError(str(problem)) from None
@@ -80,15 +83,38 @@ def write_lora(
         raise LoraError(str(problem)) from None
 
 
-def convert(source: Path, target: Path, form: Form) -> None:
-    """Write the LoRA file `source` again as `target`, in another form. Raises LoraError as reading and writing do."""
+def native_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file of any form as the native form has them. Raises LoraError as reading and writing do."""
+    family, adapter = _read_lora(path, None)
+    return _spelled(adapter, family, "native", path.name)
+
+
+def convert(source: Path, target: Path, form: Form, base: Path | None = None) -> None:
+    """Write the LoRA file `source` again as `target`, in another form.
+
+    `base` is the transformer's file or folder; only a DoRA between diffusers and the other forms needs it. Raises LoraError
+    as reading and writing do, and CheckpointError when the base cannot be read.
+    """
     family, adapter = _read_lora(source, None)
+    if base is not None and adapter.is_dora:
+        adapter = with_lengths(adapter, _LENGTHS[form], linear_weights(base, family))
     write_lora(target, adapter, family, form)
+
+
+def _check_magnitudes(adapter: Adapter, form: Form, name: str) -> None:
+    if adapter.is_dora and adapter.lengths != _LENGTHS[form]:
+        value = f"{name} is to be a DoRA in {form} form, its magnitudes are those of the {_OTHER_FORM[form]}"
+        rule = "ComfyUI divides rows by their length in the base, diffusers and peft by that in the adapted weight"
+        raise LoraError(str(Problem(value, rule, "Name the base it was trained on: convert ... --base FILE.")))
+    if form == "diffusers" and any(pair.magnitude is not None and not pair.by_rows for pair in adapter.modules.values()):
+        value = f"{name} is to be in diffusers form, its magnitudes are those of columns"
+        raise LoraError(str(Problem(value, "peft has one for each row", "Use the native or kohya form.")))
 
 
 def _read_lora(path: Path, family: Family | None) -> tuple[Family, Adapter]:
     tensors, metadata = _read(path)
     spelled = parse(tensors, path.name)
+    check_plain(spelled, path.name)
     family, members = family_of_lora(spelled, family, path.name)
     modules: dict[str, LoraPair] = {}
     check_shapes(spelled, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, path.name)
@@ -96,7 +122,14 @@ def _read_lora(path: Path, family: Family | None) -> tuple[Family, Adapter]:
         modules.update(split(pair, members[module]))
     if spelled.form != "kohya":
         modules = _as_trained(modules, metadata, path)
-    return family, Adapter(modules, {key: value for key, value in metadata.items() if key not in _OURS_TO_MAKE})
+    kept = {key: value for key, value in metadata.items() if key not in _OURS_TO_MAKE}
+    return family, Adapter(modules, kept, _lengths(spelled))
+
+
+def _lengths(spelled: Spelled) -> Lengths:
+    """What a file's magnitudes mean, by how they are spelt."""
+    keys = (keys["magnitude"] for keys in spelled.modules.values() if "magnitude" in keys)
+    return "base" if any(key.endswith(".dora_scale") for key in keys) else "adapted"
 
 
 @dataclass(frozen=True)
@@ -138,11 +171,16 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def check_shapes(spelled: Spelled, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise LoraError for factors that do not fit each other."""
-    for module, keys in spelled.modules.items():
+    pairs = {module: keys for module, keys in spelled.modules.items() if "down" in keys}
+    for module, keys in pairs.items():
         down, up = shapes[keys["down"]], shapes[keys["up"]]
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             value = f"{where}: {module} has A {down} and B {up}"
             raise LoraError(str(Problem(value, "A must be rank x in and B out x rank", "Use a LoRA of Linear layers.")))
+        magnitude = shapes[keys["magnitude"]] if "magnitude" in keys else (up[0], 1)
+        if magnitude not in ((up[0], 1), (up[0],), (1, down[1])):
+            value = f"{where}: {module} has magnitudes {magnitude} for a weight of {(up[0], down[1])}"
+            raise LoraError(str(Problem(value, "a DoRA has one for each row or column", "Check that the file is complete.")))
 
 
 def _pairs(spelled: Spelled, tensors: Mapping[str, torch.Tensor]) -> dict[str, LoraPair]:
@@ -151,7 +189,9 @@ def _pairs(spelled: Spelled, tensors: Mapping[str, torch.Tensor]) -> dict[str, L
     for module, keys in spelled.modules.items():
         down_RI, up_OR = tensors[keys["down"]], tensors[keys["up"]]
         alpha = tensors[keys["alpha"]].item() if "alpha" in keys else down_RI.shape[0]
-        found[module] = LoraPair(down_RI, up_OR, float(alpha))
+        magnitude = tensors[keys["magnitude"]] if "magnitude" in keys else None
+        rows_or_columns = magnitude.unsqueeze(1) if magnitude is not None and magnitude.ndim == 1 else magnitude
+        found[module] = LoraPair(down_RI, up_OR, float(alpha), rows_or_columns)
     return found
 
 
@@ -161,7 +201,7 @@ def _as_trained(modules: dict[str, LoraPair], metadata: Mapping[str, str], path:
         record = unfold_record(metadata, path)
         return {name: _unfolded(name, pair, record) for name, pair in modules.items()}
     config = _peft_config(metadata, path)
-    return {name: LoraPair(pair.down_RI, pair.up_OR, _peft_alpha(config, name, pair)) for name, pair in modules.items()}
+    return {name: replace(pair, alpha=_peft_alpha(config, name, pair)) for name, pair in modules.items()}
 
 
 def _unfolded(name: str, pair: LoraPair, record: Mapping[str, Any]) -> LoraPair:
@@ -231,9 +271,18 @@ def _native_pairs(modules: Mapping[str, LoraPair], family: Family) -> dict[str, 
     return found
 
 
-def _tensors(modules: Mapping[str, LoraPair], form: Form) -> dict[str, torch.Tensor]:
+def _spelled(adapter: Adapter, family: Family, form: Form, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file called `name` in a form."""
+    _check_magnitudes(adapter, form, name)
+    modules = adapter.modules if form == "kohya" else {module: fold(pair) for module, pair in adapter.modules.items()}
+    modules = modules if form == "diffusers" else _native_pairs(modules, family)
     spell = {"native": native_key, "diffusers": diffusers_key, "kohya": kohya_key}[form]
-    parts: dict[Part, Any] = {"down": lambda pair: pair.down_RI, "up": lambda pair: pair.up_OR}
-    if form == "kohya":
-        parts["alpha"] = lambda pair: torch.tensor(pair.alpha)
-    return {spell(name, part): take(pair) for name, pair in modules.items() for part, take in parts.items()}
+    found: dict[str, torch.Tensor] = {}
+    for module, pair in modules.items():
+        magnitude = pair.magnitude
+        if magnitude is not None and form == "diffusers":
+            magnitude = magnitude.squeeze(1)
+        alpha = torch.tensor(pair.alpha) if form == "kohya" else None
+        parts: dict[Part, torch.Tensor | None] = {"down": pair.down_RI, "up": pair.up_OR, "alpha": alpha, "magnitude": magnitude}
+        found |= {spell(module, part): tensor for part, tensor in parts.items() if tensor is not None}
+    return found

@@ -4,8 +4,9 @@
     diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight           what diffusers and peft write
     kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha   kohya, musubi: native names, dots as underscores
 
-Read besides: the bare names of either naming, peft's `base_model.model.`, and the pair spelt up/down or with the
-adapter's name.
+Read besides: native names behind `transformer.` (diffusion-pipe's Hunyuan) or bare (the official Mochi trainer), the bare
+names of diffusers, peft's `base_model.model.`, and the pair spelt up/down or with the adapter's name. Of other kinds than
+LoRA and DoRA the keys are known, so that a file can be told what it is; they are not read into an adapter.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from .family import Family, families
 from .keytable import Place
 
 Form = Literal["native", "diffusers", "kohya"]
-Part = Literal["down", "up", "alpha"]
+Part = Literal["down", "up", "alpha", "magnitude"]
 
 _NATIVE, _DIFFUSERS, _KOHYA = "diffusion_model.", "transformer.", "lora_unet_"
 _PREFIXES: tuple[tuple[str, Form], ...] = (
+    ("lora_unet__", "kohya"),
     (_KOHYA, "kohya"),
     (_NATIVE, "native"),
     ("model.diffusion_model.", "native"),
@@ -39,47 +41,80 @@ _PART = re.compile(
     r"(?:\.lora_(?P<letter>A|B|down|up)(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?"  # .lora_A[.default][.weight]
     r"|[._]lora\.(?P<old>down|up)(?:\.weight)?"  # .lora.down, _lora.down.weight
     r"|\.lora_linear_layer\.(?P<layer>down|up)\.weight"
+    r"|\.(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.(?!weight$)\w+)?(?:\.weight)?"
     r"|\.(?P<alpha>alpha))"
 )
 _OTHER_KINDS = {
-    r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
-    r"\.lokr_": "LoKr",
-    r"\.hada_": "LoHa",
-    r"\.oft_": "OFT",
-    r"\.lora_mid": "LoCon with a middle factor",
-    r"\.diff(_b)?$": "full-weight differences",
-    r"\.(reshape_weight|set_weight)$": "replaced weights",
-    r"\.bias$": "biases",
+    r"(?P<module>.+)\.lokr_\w+": "LoKr",
+    r"(?P<module>.+)\.hada_\w+": "LoHa",
+    r"(?P<module>.+)\.(oft_\w+|rescale)": "OFT",
+    r"(?P<module>.+)\.[ab][12]\.weight": "GLoRA",
+    r"(?P<module>.+)\.lora_mid\.weight": "a middle factor",
+    r"(?P<module>.+)\.(diff|diff_b|w_norm|b_norm)": "full differences",
+    r"(?P<module>.+)\.reshape_weight": "wider weights",
+    r"(?P<module>.+)\.set_weight": "replaced weights",
+    r"(?P<module>.+?)\.lora_B(\.\w+)?\.bias": "biases",
 }
 
 
 @dataclass(frozen=True)
 class Spelled:
-    """The keys of a file taken apart: its form, and {module as spelt: {part: key}}."""
+    """The keys of a file taken apart: its form and prefix, and {module as spelt: {part: key}}.
+
+    `others` has what no LoRA or DoRA is made of: {kind: {key: module as spelt}}.
+    """
 
     form: Form
+    prefix: str
     modules: Mapping[str, Mapping[Part, str]]
+    others: Mapping[str, Mapping[str, str]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every module as spelt."""
+        others = (module for keys in self.others.values() for module in keys.values())
+        return tuple(dict.fromkeys((*self.modules, *others)))
 
 
 def parse(keys: Iterable[str], where: str) -> Spelled:
-    """Take the keys of a LoRA file apart. Raises LoraError that lists every key that is no part of a LoRA."""
+    """Take the keys of a LoRA file apart. Raises LoraError that lists every key that is part of nothing known."""
     names = sorted(keys)
     prefix, form = next(
         (prefix, form) for prefix, form in _PREFIXES if (names and all(name.startswith(prefix) for name in names)) or not prefix
     )
     modules: dict[str, dict[Part, str]] = {}
+    others: dict[str, dict[str, str]] = {}
     unknown = []
     for name in names:
         match = _PART.fullmatch(name.removeprefix(prefix))
         part = match and _part(match)
-        if match is None or part is None or part in modules.get(match["module"], {}):
-            unknown.append(name)
-        else:
+        if match and part and part not in modules.get(match["module"], {}):
             modules.setdefault(match["module"], {})[part] = name
+        elif other := _other_kind(name.removeprefix(prefix)):
+            others.setdefault(other[0], {})[name] = other[1]
+        else:
+            unknown.append(name)
     if unknown:
-        raise _not_a_lora(unknown, where)
-    _check_pairs(modules, where)
-    return Spelled(form, modules)
+        problem = Problem(f"{where} holds {listed(unknown)}", "every key of a LoRA must be known, and none is dropped", "Use another file.")
+        raise LoraError(str(problem))
+    _check_pairs(modules, others, where)
+    return Spelled(form, prefix, modules, others)
+
+
+def check_plain(spelled: Spelled, where: str) -> None:
+    """Raises LoraError when a file holds more than LoRA or DoRA pairs."""
+    if spelled.others:
+        kinds, keys = ", ".join(sorted(spelled.others)), [key for found in spelled.others.values() for key in found]
+        rule = "only LoRA and DoRA (down, up, alpha, magnitude) can be trained on or converted, and no key is dropped"
+        raise LoraError(str(Problem(f"{where} holds {kinds}: {listed(keys)}", rule, "Load it in ComfyUI as it is, or use another file.")))
+
+
+def _other_kind(name: str) -> tuple[str, str] | None:
+    """(kind, module) of a key that is no part of a LoRA."""
+    for pattern, kind in _OTHER_KINDS.items():
+        if match := re.fullmatch(pattern, name):
+            return kind, match["module"]
+    return None
 
 
 def family_of_lora(spelled: Spelled, expected: Family | None, where: str) -> tuple[Family, dict[str, tuple[Place, ...]]]:
@@ -99,18 +134,21 @@ def native_key(module: str, part: Part) -> str:
 
 
 def diffusers_key(module: str, part: Part) -> str:
-    return f"{_DIFFUSERS}{module}.{_letters(part)}"
+    return f"{_DIFFUSERS}{module}.{'lora_magnitude_vector' if part == 'magnitude' else _letters(part)}"
 
 
 def kohya_key(module: str, part: Part) -> str:
-    return _KOHYA + module.replace(".", "_") + (".alpha" if part == "alpha" else f".lora_{part}.weight")
+    part_key = f"lora_{part}.weight" if part in ("down", "up") else _letters(part)
+    return f"{_KOHYA}{module.replace('.', '_')}.{part_key}"
 
 
 def _letters(part: Part) -> str:
-    return {"down": "lora_A.weight", "up": "lora_B.weight", "alpha": "alpha"}[part]
+    return {"down": "lora_A.weight", "up": "lora_B.weight", "alpha": "alpha", "magnitude": "dora_scale"}[part]
 
 
 def _part(match: re.Match[str]) -> Part:
+    if match["magnitude"]:
+        return "magnitude"
     spelt = match["letter"] or match["old"] or match["layer"] or match["alpha"]
     parts: dict[str, Part] = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
     return parts[spelt]
@@ -119,11 +157,11 @@ def _part(match: re.Match[str]) -> Part:
 def _members(spelled: Spelled, family: Family) -> dict[str, tuple[Place, ...] | None]:
     """{module as spelt: what it holds, or None where the family has no such module}, in the naming that knows most."""
     namings = [
-        {module: _from_diffusers(module, family) for module in spelled.modules},
-        {module: _from_native(module, family) for module in spelled.modules},
+        {module: _from_diffusers(module, family) for module in spelled.names},
+        {module: _from_native(module, family) for module in spelled.names},
     ]
     if spelled.form == "kohya":
-        namings = [{module: _from_kohya(module, family) for module in spelled.modules}]
+        namings = [{module: _from_kohya(module, family) for module in spelled.names}]
     elif spelled.form == "native":
         namings.reverse()
     return max(namings, key=lambda members: sum(places is not None for places in members.values()))
@@ -175,19 +213,17 @@ def _is_target(name: str, family: Family) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in family.targets.attention + family.targets.feed_forward)
 
 
-def _not_a_lora(unknown: list[str], where: str) -> LoraError:
-    kinds = {kind for mark, kind in _OTHER_KINDS.items() for name in unknown if re.search(mark, name)}
-    what = f"{', '.join(sorted(kinds))}: {listed(unknown)}" if kinds else listed(unknown)
-    problem = Problem(
-        f"{where} holds {what}", "only plain LoRA pairs (down, up, alpha) are read, and no key is dropped", "Use another file."
-    )
-    return LoraError(str(problem))
-
-
-def _check_pairs(modules: Mapping[str, Mapping[Part, str]], where: str) -> None:
-    if not modules:
+def _check_pairs(modules: Mapping[str, Mapping[Part, str]], others: Mapping[str, Mapping[str, str]], where: str) -> None:
+    if not modules and not others:
         raise LoraError(str(Problem(f"{where} holds no tensor", "a LoRA has at least one pair", "Check that the file is complete.")))
-    if halves := [key for parts in modules.values() for key in parts.values() if not {"down", "up"} <= set(parts)]:
+    otherwise = {module for keys in others.values() for module in keys.values()}
+    halves = [
+        key
+        for module, parts in modules.items()
+        for key in parts.values()
+        if not {"down", "up"} <= set(parts) and ({"down", "up"} & set(parts) or module not in otherwise)
+    ]
+    if halves:
         problem = Problem(
             f"{where} holds {listed(halves)} without its counterpart",
             "a LoRA pair has a down and an up",

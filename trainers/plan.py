@@ -44,7 +44,7 @@ class Plan:
         return 4 * self.parameters
 
     def __str__(self) -> str:
-        job = self.job
+        job, lora = self.job, self.job.lora
         lines = [
             f"{job.name}: a LoRA for {self.variant.title} ({self.variant.id})",
             f"data     {self.clips} clips, {self.held_out} held out, from {job.encoded}",
@@ -54,7 +54,7 @@ class Plan:
             ),
             f"steps    {self.steps} of {job.batch_size * job.accumulation} clips; {self.steps_per_epoch:.1f} are an epoch",
             *self._start_lines(),
-            f"LoRA     rank {job.lora.rank} on {self.adapters} layers ({job.lora.targets.replace('_', ' ')}): "
+            f"{'DoRA' if lora.dora else 'LoRA'}     rank {lora.rank} on {self.adapters} layers ({lora.targets.replace('_', ' ')}): "
             f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB",
             f"learning {job.optimizer.kind}, rate {job.optimizer.learning_rate:g}, {job.optimizer.schedule}",
             f"output   {Path(job.loras_folder) / job.name}",
@@ -120,4 +120,4 @@ def _adapters(job: Job, family: Family, config: Mapping[str, object]) -> tuple[i
 
     transformer = family.build(config)
     parameters = inject(transformer, family, job.lora, job.seed, device=torch.device("meta"))
-    return len(parameters) // 2, sum(parameter.numel() for parameter in parameters)
+    return len(parameters) // (3 if job.lora.dora else 2), sum(parameter.numel() for parameter in parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from .adherence import find_clip_problems
@@ -11,9 +12,10 @@ from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import pick_device
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
-from .family import Detection, detect, detect_vae, family_of
-from .job import Job
-from .lora_metadata import describe
+from .family import Detection, Family, detect, detect_vae, family_of
+from .job import Job, LoraSpec
+from .lora import dora_problem
+from .lora_description import describe
 from .optimizers import check_installed
 from .previews import negative_prompt
 from .run import Run, find_run
@@ -45,13 +47,22 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
         encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     except VideoTrainerError as error:
         yield from _problems("encoded", error)
-    yield from _setting_problems(job, started)
+    if detection:
+        yield from _dora_problems(job, detection.family)
+    yield from _setting_problems(job, started, detection.family if detection else None)
     if encoded:
         yield from _data_problems(job, encoded, detection)
     if detection:
         yield from _expert_problems(job, detection)
     if detection and job.previews.every_steps:
         yield from _preview_problems(job, detection, encoded)
+
+
+def _dora_problems(job: Job, family: Family) -> Iterator[Problem]:
+    for path in filter(None, (job.base.transformer, job.base.transformer_low_noise)):
+        with suppress(VideoTrainerError):
+            if problem := dora_problem(Checkpoint.open(path), family, job.lora):
+                yield problem
 
 
 def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
@@ -81,10 +92,10 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
         yield Problem("base.transformer and base.transformer_low_noise are one file", "each expert has its own", "Give both files.")
 
 
-def _setting_problems(job: Job, started: bool) -> Iterator[Problem]:
+def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
     checks: list[Callable[[], object]] = [lambda: _check_device(job), lambda: check_installed(job.optimizer)]
     if not started:
-        checks.append(lambda: _check_start(job))
+        checks.append(lambda: _check_start(job, family))
     for attempt in checks:
         try:
             attempt()
@@ -146,7 +157,7 @@ def _check_device(job: Job) -> None:
         raise JobError(Problem(f"precision is fp16 on {device}", "loss scaling needs a CUDA card", "Use auto, bf16 or fp32."))
 
 
-def _check_start(job: Job) -> None:
+def _check_start(job: Job, family: Family | None) -> None:
     if job.start.extends:
         other, step = extended_run(job)
         problems = [
@@ -159,12 +170,23 @@ def _check_start(job: Job) -> None:
         if problems:
             raise JobError(problems)
     if job.start.initial_lora:
-        path = Path(job.start.initial_lora)
-        if (ranks := describe(path).ranks) != (job.lora.rank,):
-            found = " and ".join(map(str, ranks))
-            raise JobError(
-                Problem(f"lora.rank is {job.lora.rank}", f"{path.name} has rank {found}, and a run goes on with it", f"Use {found}.")
-            )
+        _check_initial(job.lora, Path(job.start.initial_lora), family)
+
+
+def _check_initial(spec: LoraSpec, path: Path, family: Family | None) -> None:
+    """Raises LoraError or JobError unless a job can begin with the LoRA."""
+    found = describe(path, family)
+    if found.kind not in ("LoRA", "DoRA") or found.also:
+        what = f"{path.name} is {' with '.join([found.kind, *found.also])}"
+        raise JobError(Problem(what, "a run begins with a plain LoRA or DoRA", "Use another file."))
+    problems = []
+    if found.ranks != (spec.rank,):
+        ranks = " and ".join(map(str, found.ranks))
+        problems.append(Problem(f"lora.rank is {spec.rank}", f"{path.name} has rank {ranks}, and a run goes on with it", f"Use {ranks}."))
+    if found.kind == "DoRA" and not spec.dora:
+        problems.append(Problem("lora.dora is false", f"{path.name} is a DoRA, and a run goes on with it", "Set lora.dora to true."))
+    if problems:
+        raise JobError(problems)
 
 
 def _same_in_both(job: Job, other: Job) -> list[tuple[str, object, object]]:
@@ -175,6 +197,7 @@ def _same_in_both(job: Job, other: Job) -> list[tuple[str, object, object]]:
         ("lora.targets", job.lora.targets, other.lora.targets),
         ("experts.train", job.experts.train, other.experts.train),
         ("experts.turn_steps", job.experts.turn_steps, other.experts.turn_steps),
+        ("lora.dora", job.lora.dora, other.lora.dora),
         ("optimizer.kind", job.optimizer.kind, other.optimizer.kind),
         ("batch_size", job.batch_size, other.batch_size),
         ("accumulation", job.accumulation, other.accumulation),

@@ -38,12 +38,12 @@ class Learnt:
 def save_state(folder: Path, position: Position, learnt: Mapping[str, Learnt], scaler: dict[str, Any] | None) -> None:
     """Writes a checkpoint's files into an empty folder: for each expert by name `adapter` and `optimizer`."""
     for expert, one in learnt.items():
-        pairs = [
+        parts = [
             (f"{name}.{part}", tensor)
             for name, pair in one.adapter.modules.items()
-            for part, tensor in (("A", pair.down_RI), ("B", pair.up_OR))
+            for part, tensor in (("A", pair.down_RI), ("B", pair.up_OR), ("magnitude", pair.magnitude))
         ]
-        save_file(dict(pairs), folder / f"{_named('adapter', expert)}.safetensors", {})
+        save_file({key: tensor for key, tensor in parts if tensor is not None}, folder / f"{_named('adapter', expert)}.safetensors", {})
         torch.save({"optimizer": one.optimizer, "scaler": scaler}, folder / f"{_named('optimizer', expert)}.pt")
     (folder / "position.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=2), "utf-8")
 
@@ -60,7 +60,9 @@ def read_adapter(folder: Path, alpha: float, expert: str = "") -> Adapter:
     """The adapter of an expert in a checkpoint, float32."""
     tensors = load_file(folder / f"{_named('adapter', expert)}.safetensors")
     names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
-    return Adapter({name: LoraPair(tensors[f"{name}.A"], tensors[f"{name}.B"], alpha) for name in names}, {})
+    return Adapter(
+        {name: LoraPair(tensors[f"{name}.A"], tensors[f"{name}.B"], alpha, tensors.get(f"{name}.magnitude")) for name in names}, {}
+    )
 
 
 def read_optimizer(folder: Path, expert: str = "") -> tuple[dict[str, Any], dict[str, Any] | None]:

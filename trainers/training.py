@@ -13,11 +13,12 @@ from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
+from .dora import with_lengths
 from .experts import Expert, FrozenWeights, Turn, expert_at, experts_of, lora_of, turn_of
 from .family import Family, Variant, detect
 from .job import Job
 from .load import load_transformer
-from .lora import adapter_state, inject, load_adapter_state
+from .lora import adapter_state, base_weights, inject, load_adapter_state
 from .lora_format import read_lora, write_lora
 from .lora_metadata import lora_metadata
 from .optimizers import build_optimizer
@@ -133,7 +134,7 @@ def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dt
     """An expert with its LoRA and optimizer; one that is not alone waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
     detection = detect(checkpoint, job.base.variant)
-    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, dtype, resident=alone)
+    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, dtype, False if job.lora.dora else None, resident=alone)
     weights = FrozenWeights(transformer, accelerator.device)
     rate = job.optimizer.learning_rate
     if expert.name == "low" and job.experts.learning_rate_low:
@@ -151,12 +152,15 @@ def save_checkpoint(training: Training) -> None:
     """Writes the checkpoint of the present step, then its LoRA files, and drops the oldest checkpoints."""
     run, step, scaler = training.run, training.step, training.accelerator.scaler
     adapters = {learner.expert: adapter_state(learner.transformer, training.job.lora) for learner in training.trained}
+    as_written = {
+        learner.expert: with_lengths(adapters[learner.expert], "base", base_weights(learner.transformer)) for learner in training.trained
+    }
     known = step in run.checkpoints() and all(lora_path(run, step, expert).exists() for expert in adapters)
     if step not in run.checkpoints():
         learnt = {learner.expert.name: Learnt(adapters[learner.expert], learner.optimizer.state_dict()) for learner in training.trained}
         with run.writing_checkpoint(step) as folder:
             save_state(folder, training.position, learnt, scaler.state_dict() if scaler else None)
-    files = [_write_lora(training, expert, adapter) for expert, adapter in adapters.items()]
+    files = [_write_lora(training, expert, adapter) for expert, adapter in as_written.items()]
     if not known:
         run.event("checkpoint", step=step, lora=files[0].name, **({"loras": [file.name for file in files]} if files[1:] else {}))
     run.prune_checkpoints(training.job.checkpoints.keep_last)

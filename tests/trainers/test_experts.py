@@ -16,7 +16,7 @@ from trainers.experts import Expert, FrozenWeights, expert_at, experts_of, lora_
 from trainers.flow import draw_sigma, generator
 from trainers.job import Job, NoiseSpec, parse_job
 from trainers.load import native_state
-from trainers.lora_metadata import expert_of
+from trainers.lora_description import expert_of
 from trainers.preflight import check
 from trainers.run import Run
 from trainers.stable_file import save_file

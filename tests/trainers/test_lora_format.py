@@ -327,9 +327,11 @@ PAIR = {
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"diffusion_model.blocks.0.self_attn.q.dora_scale": (4, 1)}, "DoRA"),
+        ({"diffusion_model.blocks.0.self_attn.q.dora_scale": (3, 1)}, r"magnitudes \(3, 1\) for a weight of \(4, 4\)"),
+        ({"diffusion_model.blocks.0.self_attn.k.dora_scale": (4, 1)}, r"self_attn\.k\.dora_scale without its counterpart"),
+        ({"diffusion_model.blocks.0.self_attn.q.lora_mid.weight": (2, 2, 3, 3)}, "a middle factor"),
         ({"diffusion_model.blocks.0.ffn.0.lokr_w1": (2, 2)}, "LoKr"),
-        ({"diffusion_model.blocks.0.norm3.diff_b": (4,)}, "full-weight differences"),
+        ({"diffusion_model.blocks.0.norm3.diff_b": (4,)}, "full differences"),
         ({"diffusion_model.blocks.0.self_attn.q.lora_B.bias": (4,)}, "biases"),
         ({"text_encoder.q.what": (4,)}, r"holds .*text_encoder\.q\.what"),
         ({"diffusion_model.blocks.0.self_attn.k.lora_A.weight": (2, 4)}, r"self_attn\.k\.lora_A\.weight without its counterpart"),

@@ -14,8 +14,9 @@ from trainers.adapter import Adapter, LoraPair
 from trainers.errors import LoraError
 from trainers.families.wan import FAMILY as WAN
 from trainers.family import Variant
+from trainers.lora_description import describe
 from trainers.lora_format import Form, read_lora, write_lora
-from trainers.lora_metadata import describe, lora_metadata
+from trainers.lora_metadata import lora_metadata
 
 VARIANT = Variant("wan2.1-t2v-1.3b", "Wan 2.1 T2V 1.3B")
 
@@ -73,7 +74,7 @@ def test_a_file_is_described_whatever_its_form(tmp_path: Path, form: Form) -> No
     write_lora(path, _adapter(), WAN, form, _metadata())
     found = describe(path)
     assert (found.family, found.form, found.ranks, found.alphas) == (WAN.title, form, (8,), (4.0,))
-    assert (found.modules, found.blocks, found.parts) == (6, 3, ("attn1.to_q", "ffn.net.0.proj"))
+    assert (found.modules, found.blocks, found.parts) == (6, ("blocks 0-2",), ("attn1.to_q", "ffn.net.0.proj"))
     assert (found.trigger_words, found.base, found.variant) == (
         ("bo ünce", "ball"),
         "wan2.1_t2v_1.3B_bf16.safetensors",

@@ -42,6 +42,7 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument("source", type=Path, metavar="IN")
     parser.add_argument("target", type=Path, metavar="OUT")
     parser.add_argument("--format", choices=FORMS, required=True, help="native: ComfyUI and diffusers; kohya: lora_unet_ names")
+    parser.add_argument("--base", type=Path, help="the transformer it was trained on; only a DoRA from or to diffusers needs it")
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -109,7 +110,7 @@ def convert(options: argparse.Namespace) -> None:
     """Write a LoRA in another form."""
     from ..lora_format import convert as convert_file
 
-    convert_file(options.source, options.target, options.format)
+    convert_file(options.source, options.target, options.format, options.base)
     print(options.target)
 
 
