@@ -332,9 +332,13 @@ class TextFolder(Protocol):
 
 @cache
 def families() -> Mapping[str, Family]:
-    """Every family, by id: one for each file in `families/`."""
+    """Every family, by id: one for each file in `families/` (one that begins with "_" is a part of a family)."""
     package = importlib.import_module(".families", __package__)
-    modules = [importlib.import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
+    modules = [
+        importlib.import_module(f"{package.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(package.__path__)
+        if not info.name.startswith("_")
+    ]
     return {module.FAMILY.id: module.FAMILY for module in modules}
 
 
