@@ -18,7 +18,7 @@ from trainers.stable_file import save_file
 
 T2V, I2V_V1, I2V_V2 = (variant.id for variant in FAMILY.variants)
 SHAPE: dict[str, Any] = {
-    "num_attention_heads": 2,
+    "num_attention_heads": 1,
     "attention_head_dim": 128,
     "num_layers": 2,
     "num_single_layers": 2,

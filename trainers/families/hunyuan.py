@@ -8,7 +8,7 @@ v2 gets it as frame 0, at time 0. Files name tensors in three ways: ComfyUI's, t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,14 @@ from ..family import (
     ModelInput,
     Sampling,
     TextBatch,
+    TextFolder,
     TextRecord,
     Vae,
+    VaeDetection,
     Variant,
 )
 from ..flow import shifted
-from ..keytable import Fuse, KeyTable, Rename, Row, SwapHalves
+from ._hunyuan_keys import KEYS, LORA_KEYS, VAE_KEYS
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -70,77 +72,26 @@ _TELLING |= {"time_text_embed.text_embedder.linear_1.weight", "single_transforme
 
 # Arguments of the diffusers classes that no shape tells: the values of every published model, or those of a config.json.
 _CONSTANTS: Mapping[str, Any] = {"mlp_ratio": 4.0, "qk_norm": "rms_norm", "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56)}
-_VAE_FIELDS = ("block_out_channels", "layers_per_block", "norm_num_groups", "latent_channels")
+_VAE_FIELDS = ("norm_num_groups", "mid_block_add_attention", "temporal_compression_ratio", "spatial_compression_ratio")
 
-# Each module's name in diffusers, in ComfyUI's files and in the original ones.
-_EMBEDDERS = (
-    ("x_embedder.proj", "img_in.proj", "img_in.proj"),
-    ("time_text_embed.timestep_embedder.linear_1", "time_in.in_layer", "time_in.mlp.0"),
-    ("time_text_embed.timestep_embedder.linear_2", "time_in.out_layer", "time_in.mlp.2"),
-    ("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer", "guidance_in.mlp.0"),
-    ("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer", "guidance_in.mlp.2"),
-    ("time_text_embed.text_embedder.linear_1", "vector_in.in_layer", "vector_in.in_layer"),
-    ("time_text_embed.text_embedder.linear_2", "vector_in.out_layer", "vector_in.out_layer"),
-    ("context_embedder.proj_in", "txt_in.input_embedder", "txt_in.input_embedder"),
-    ("context_embedder.time_text_embed.timestep_embedder.linear_1", "txt_in.t_embedder.in_layer", "txt_in.t_embedder.mlp.0"),
-    ("context_embedder.time_text_embed.timestep_embedder.linear_2", "txt_in.t_embedder.out_layer", "txt_in.t_embedder.mlp.2"),
-    ("context_embedder.time_text_embed.text_embedder.linear_1", "txt_in.c_embedder.in_layer", "txt_in.c_embedder.linear_1"),
-    ("context_embedder.time_text_embed.text_embedder.linear_2", "txt_in.c_embedder.out_layer", "txt_in.c_embedder.linear_2"),
-    ("proj_out", "final_layer.linear", "final_layer.linear"),
+# What the text encoder is asked, from the model's repository (https://github.com/Tencent-Hunyuan/HunyuanVideo and -I2V).
+_ASPECTS = (
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
 )
-_REFINER = (
-    ("norm1", "norm1", "norm1"),
-    ("norm2", "norm2", "norm2"),
-    ("norm_out.linear", "adaLN_modulation.1", "adaLN_modulation.1"),
-    ("attn.to_q attn.to_k attn.to_v", "self_attn.qkv", "self_attn_qkv"),
-    ("attn.to_out.0", "self_attn.proj", "self_attn_proj"),
-    ("ff.net.0.proj", "mlp.0", "mlp.fc1"),
-    ("ff.net.2", "mlp.2", "mlp.fc2"),
+_SYSTEM, _USER = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user"))
+_TEMPLATE = f"{_SYSTEM}Describe the video by detailing the following aspects: {_ASPECTS}{_USER}{{}}<|eot_id|>"
+_IMAGE_TEMPLATE = (
+    f"{_SYSTEM}<image>\nDescribe the video by detailing the following aspects according to the reference image: {_ASPECTS}\n\n"
+    f"{_USER}{{}}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 )
-_DOUBLE = (
-    ("norm1.linear", "img_mod.lin", "img_mod.linear"),
-    ("norm1_context.linear", "txt_mod.lin", "txt_mod.linear"),
-    ("attn.to_q attn.to_k attn.to_v", "img_attn.qkv", "img_attn_qkv"),
-    ("attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt_attn.qkv", "txt_attn_qkv"),
-    ("attn.norm_q.weight", "img_attn.norm.query_norm.scale", "img_attn_q_norm.weight"),
-    ("attn.norm_k.weight", "img_attn.norm.key_norm.scale", "img_attn_k_norm.weight"),
-    ("attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale", "txt_attn_q_norm.weight"),
-    ("attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale", "txt_attn_k_norm.weight"),
-    ("attn.to_out.0", "img_attn.proj", "img_attn_proj"),
-    ("attn.to_add_out", "txt_attn.proj", "txt_attn_proj"),
-    ("ff.net.0.proj", "img_mlp.0", "img_mlp.fc1"),
-    ("ff.net.2", "img_mlp.2", "img_mlp.fc2"),
-    ("ff_context.net.0.proj", "txt_mlp.0", "txt_mlp.fc1"),
-    ("ff_context.net.2", "txt_mlp.2", "txt_mlp.fc2"),
-)
-_SINGLE = (
-    ("norm.linear", "modulation.lin", "modulation.linear"),
-    ("attn.norm_q.weight", "norm.query_norm.scale", "q_norm.weight"),
-    ("attn.norm_k.weight", "norm.key_norm.scale", "k_norm.weight"),
-    ("proj_out", "linear2", "linear2"),
-)
+_IMAGE_TOKENS = 576
+_HIDDEN_STATE = -3
 
-
-def _rows(naming: int) -> Iterator[Row]:
-    """The rows of one way to name native tensors: 1 is ComfyUI's, 2 the original."""
-    yield SwapHalves("norm_out.linear", "final_layer.adaLN_modulation.1")
-    for ours, theirs, names in (
-        ("", "", _EMBEDDERS),
-        ("context_embedder.token_refiner.refiner_blocks.{}.", "txt_in.individual_token_refiner.blocks.{}.", _REFINER),
-        ("transformer_blocks.{}.", "double_blocks.{}.", _DOUBLE),
-        ("single_transformer_blocks.{}.", "single_blocks.{}.", _SINGLE),
-    ):
-        for name in names:
-            members = tuple(ours + member for member in name[0].split())
-            yield Rename(members[0], theirs + name[naming]) if len(members) == 1 else Fuse(members, theirs + name[naming])
-    single = tuple(f"single_transformer_blocks.{{}}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
-    yield Fuse(single, "single_blocks.{}.linear1", sizes=(1, 1, 1, 4))
-
-
-# Files are read in both namings and written in ComfyUI's. LoRAs are written in the original one: ComfyUI and diffusers load
-# no other both.
-KEYS = KeyTable(tuple(dict.fromkeys((*_rows(1), *_rows(2)))))
-LORA_KEYS = KeyTable(tuple(_rows(2)))
+_VAE = Vae("hunyuan", "HunyuanVideo VAE", VAE_KEYS)
 
 
 class Hunyuan:
@@ -150,7 +101,7 @@ class Hunyuan:
     title = "HunyuanVideo"
     variants: tuple[Variant, ...] = (_T2V, _I2V_V1, _I2V_V2)
     keys = KEYS
-    vaes: tuple[Vae, ...] = ()
+    vaes: tuple[Vae, ...] = (_VAE,)
     lora_keys = LORA_KEYS
     targets = LoraTargets(
         attention=(
@@ -196,7 +147,7 @@ class Hunyuan:
             what = "SkyReels I2V" if channels == (32, 16) else f"a HunyuanVideo with {channels[0]} channels in and {channels[1]} out"
             raise _not_trained(checkpoint, what)
         _check_names(checkpoint)
-        variants, notes = ((_I2V_V1,), ()) if channels[0] == 33 else _by_name(checkpoint)
+        variants, notes = ((_I2V_V1,), ()) if config["in_channels"] == 33 else _by_name(checkpoint)
         config["image_condition_type"] = _IMAGE_CONDITION[variants[0].id]
         changes = {variant.id: {"image_condition_type": _IMAGE_CONDITION[variant.id]} for variant in variants}
         return Detection(FAMILY, variants, config, notes, _reason(config), config_of=changes)
@@ -211,6 +162,79 @@ class Hunyuan:
             transformer.time_text_embed.register_forward_hook(_guide_the_first_frame)
         assert isinstance(transformer, torch.nn.Module)
         return transformer
+
+    def detect_vae(self, checkpoint: Checkpoint) -> VaeDetection | None:
+        """See Family."""
+        tensors = checkpoint.tensors
+        native = "decoder.mid.block_1.norm1.weight" in tensors
+        levels = [f"decoder.up.{level}.block.0" for level in range(4)]
+        if not native:
+            levels = [f"decoder.up_blocks.{3 - level}.resnets.0" for level in range(4)]
+        first_convolutions = [f"{level}.conv1.conv.weight" for level in levels]
+        if not tensors.keys() >= {"decoder.conv_in.conv.weight", "post_quant_conv.weight", *first_convolutions}:
+            return None
+        if tensors["decoder.conv_in.conv.weight"].shape[1] != LATENT.channels:
+            return None
+        config = {"block_out_channels": tuple(tensors[name].shape[0] for name in first_convolutions)}
+        config |= _known(checkpoint.config, "AutoencoderKLHunyuanVideo", _VAE_FIELDS)
+        encoder = "encoder.conv_in.conv.weight" in tensors
+        return VaeDetection(FAMILY, _VAE, config, encoder)
+
+    def build_vae(self, detection: VaeDetection) -> torch.nn.Module:
+        from diffusers import AutoencoderKLHunyuanVideo
+
+        with torch.device("meta"):
+            vae = AutoencoderKLHunyuanVideo(**detection.config)
+        assert isinstance(vae, torch.nn.Module)
+        return vae
+
+    @torch.no_grad()
+    def encode_video(self, vae: torch.nn.Module, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
+        """See Family. Float32 (B, 16, (F - 1) / 4 + 1, H / 8, W / 8); the posterior's mean, as ComfyUI encodes.
+
+        One frame is encoded as ComfyUI does. More are not: both cut a clip in time, at different frames.
+        """
+        weight = next(vae.parameters())
+        vae.use_tiling = False  # type: ignore[assignment]
+        moments: Any = vae.encode(pixels_BCFHW.to(weight.device, weight.dtype)).latent_dist  # type: ignore[operator]
+        latents: torch.Tensor = moments.mode().float() * _SCALE
+        return latents
+
+    @torch.no_grad()
+    def decode_video(self, vae: torch.nn.Module, latents_BCFHW: torch.Tensor) -> torch.Tensor:
+        """See Family. Float32 (B, 3, 4 (F - 1) + 1, 8 H, 8 W); in tiles of 256 pixels, as the published graphs decode."""
+        weight = next(vae.parameters())
+        vae.use_tiling = True  # type: ignore[assignment]
+        latents = latents_BCFHW.to(weight.device, torch.float32) / _SCALE
+        pixels: torch.Tensor = vae.decode(latents.to(weight.dtype), return_dict=False)[0]  # type: ignore[operator]
+        return pixels.float().clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def encode_text(
+        self, variant: Variant, folder: TextFolder, prompts: Sequence[str], image_HWC: torch.Tensor | None = None
+    ) -> list[TextRecord]:
+        """See Family. Llama's third hidden state from the end (L, 4096) and CLIP-L's pooled output (768), on the CPU.
+
+        With an image in 0..1: rows of its tokens, each `image_interleave`-th, before those of the caption. As in ComfyUI the
+        rows begin after the template's head and end with the caption's <|eot_id|>, and no caption is cut (diffusers cuts at
+        256 tokens; with an image it drops <|eot_id|> and keeps a line break instead).
+        """
+        interleave = self.comfyui(variant).image_interleave
+        tokenizer, llama = folder.tokenizer(), folder.text_encoder()
+        pixels = None
+        if interleave:
+            assert image_HWC is not None, "captions of an image-to-video model are encoded together with the first frame"
+            pixels = folder.image_processor()(images=image_HWC.numpy(), do_rescale=False, return_tensors="pt").pixel_values
+        rows = [_llama_rows(tokenizer, llama, prompt, pixels, interleave or 1) for prompt in prompts]
+        tokenizer, clip = folder.tokenizer(2), folder.text_encoder(2)
+        device, records = next(clip.parameters()).device, []
+        for prompt, rows_LD in zip(prompts, rows, strict=True):
+            tokens = tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+            records.append(TextRecord(rows_LD, clip(tokens.input_ids.to(device)).pooler_output[0].cpu()))
+        return records
+
+    def encode_image(self, folder: TextFolder, image_HWC: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("images go into the captions here")
 
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
         """Rows padded with zeros to the longest record, with a mask (B, L, bool) that says which are text."""
@@ -274,12 +298,33 @@ class Hunyuan:
         return float(2 * (double + single + config["num_refiner_layers"] * refiner_block + embedders + patches))
 
 
-FAMILY: Family = Hunyuan()  # type: ignore[assignment]
+FAMILY: Family = Hunyuan()
 
 
 def simple_schedule(steps: int, shift: float, tokens: int) -> list[float]:
     """ComfyUI's "simple" scheduler: `steps` of its 1000 shifted noise levels (rounded to one of them), and 0."""
     return [*(shifted(1.0 - int(step * 1000 / steps) / 1000, shift) for step in range(steps)), 0.0]
+
+
+def _llama_rows(tokenizer: Any, llama: Any, prompt: str, pixels: torch.Tensor | None, interleave: int) -> torch.Tensor:
+    """The rows of a caption, after those of the image (each `interleave`-th) if there is one."""
+    device = next(llama.parameters()).device
+    ids = tokenizer((_TEMPLATE if pixels is None else _IMAGE_TEMPLATE).format(prompt)).input_ids
+    marks = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<|end_header_id|>", "<|eot_id|>", "<image>")}
+    image, given = 0, {}
+    if pixels is not None:
+        image = ids.index(marks["<image>"])
+        ids = ids[:image] + [marks["<image>"]] * _IMAGE_TOKENS + ids[image + 1 :]
+        given["pixel_values"] = pixels.to(device, llama.dtype)
+    headers = [index for index, token in enumerate(ids) if token == marks["<|end_header_id|>"]]
+    start = headers[1] + 2  # after the user's header and its line break
+    stop = ids.index(marks["<|eot_id|>"], start) + 1
+    input_ids = torch.tensor([ids], device=device)
+    output = llama(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True, **given)
+    hidden_LD = output.hidden_states[_HIDDEN_STATE][0]
+    image_LD = hidden_LD[image : image + _IMAGE_TOKENS : interleave] if given else hidden_LD[:0]
+    rows_LD: torch.Tensor = torch.cat([image_LD, hidden_LD[start:stop]]).cpu()
+    return rows_LD
 
 
 def _guide_the_first_frame(embedding: torch.nn.Module, given: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> Any:
