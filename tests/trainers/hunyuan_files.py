@@ -35,6 +35,12 @@ FILE_NAMES = {T2V: "hunyuan_video_t2v.safetensors", I2V_V1: "hunyuan_i2v.safeten
 LORA = LoraSpec(rank=4)
 
 
+def cheap_noise(shape: torch.Size, seed: int) -> torch.Tensor:
+    """Normal numbers that repeat after a million: drawing a full-width model's takes seconds."""
+    numbers = torch.randn(min(shape.numel(), 2**20 + 7), generator=torch.Generator().manual_seed(seed))
+    return numbers.repeat(-(-shape.numel() // len(numbers)))[: shape.numel()].reshape(shape)
+
+
 @torch.no_grad()
 def random_transformer(variant: str = T2V, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A HunyuanVideoTransformer3DModel in float32 with weights that make every part count; cheap at any width."""
@@ -42,13 +48,9 @@ def random_transformer(variant: str = T2V, seed: int = 0, **changes: Any) -> tor
 
     with torch.device("meta"):
         model = HunyuanVideoTransformer3DModel(**SHAPE | IMAGE[variant] | changes)
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(2**20 + 7, generator=generator)
-    state, start = {}, 0
-    for name, tensor in model.state_dict().items():
-        repeats = -(-(start + tensor.numel()) // len(numbers))
-        values = numbers.repeat(repeats)[start : start + tensor.numel()].reshape(tensor.shape)
-        start = (start + tensor.numel()) % len(numbers)
+    state = {}
+    for index, (name, tensor) in enumerate(model.state_dict().items()):
+        values = cheap_noise(tensor.shape, seed + index)
         norm = ".norm" in name and tensor.ndim == 1 and name.endswith("weight")
         state[name] = 1 + 0.1 * values if norm else 0.1 * values if tensor.ndim == 1 else values / tensor[0].numel() ** 0.5
     model.load_state_dict(state, assign=True)
@@ -76,3 +78,19 @@ def random_adapter(transformer: torch.nn.Module) -> Adapter:
     for parameter in inject(transformer, FAMILY, LORA, seed=0):
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return adapter_state(transformer, LORA)
+
+
+@torch.no_grad()
+def random_vae() -> torch.nn.Module:
+    """An AutoencoderKLHunyuanVideo at its real width (ComfyUI knows no other), whose pixels are mostly within -1..1."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanVideo()
+    vae = vae.to_empty(device="cpu")
+    for index, (name, parameter) in enumerate(vae.named_parameters()):
+        parameter.copy_(cheap_noise(parameter.shape, index) / max(parameter[0].numel(), 1) ** 0.5)
+        if "norm" in name:
+            parameter.mul_(0.1).add_(1.0 if name.endswith("weight") else 0.0)
+    vae.decoder.conv_out.conv.weight.mul_(0.5)
+    return vae.eval().requires_grad_(False)

@@ -308,6 +308,7 @@ def simple_schedule(steps: int, shift: float, tokens: int) -> list[float]:
 
 def _llama_rows(tokenizer: Any, llama: Any, prompt: str, pixels: torch.Tensor | None, interleave: int) -> torch.Tensor:
     """The rows of a caption, after those of the image (each `interleave`-th) if there is one."""
+    llama = getattr(llama, "model", llama)  # without the head that makes words of rows
     device = next(llama.parameters()).device
     ids = tokenizer((_TEMPLATE if pixels is None else _IMAGE_TEMPLATE).format(prompt)).input_ids
     marks = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<|end_header_id|>", "<|eot_id|>", "<image>")}
