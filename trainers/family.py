@@ -101,7 +101,8 @@ class Detection:
 
     `notes` are sentences for the user about what the tensors cannot tell; `reason` is what the choice was made by. `doubt`
     is what the file's name says against the choice: then only a user who names the variant can make it. `expert` is "high"
-    or "low" when a name says which of two experts the file is.
+    or "low" when a name says which of two experts the file is. `config_of` is what the config has otherwise when a user
+    chooses a candidate, by its id.
     """
 
     family: Family
@@ -111,6 +112,7 @@ class Detection:
     reason: str = ""
     doubt: Problem | None = None
     expert: str | None = None
+    config_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def variant(self) -> Variant:
@@ -396,7 +398,8 @@ def detect(checkpoint: Checkpoint, variant_id: str | None = None) -> Detection:
             return detection
         chosen = [variant for variant in detection.variants if variant.id == variant_id]
         if chosen:
-            return replace(detection, variants=tuple(chosen), doubt=None)
+            config = {**detection.config, **detection.config_of.get(variant_id, {})}
+            return replace(detection, variants=tuple(chosen), config=config, doubt=None)
         can_be = ", ".join(variant.id for variant in detection.variants)
         raise CheckpointError(
             Problem(

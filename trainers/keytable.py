@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -43,19 +43,31 @@ class SwapHalves:
     native: str
 
 
-Row = Rename | Fuse | SwapHalves
+@dataclass(frozen=True)
+class Pointwise:
+    """A Linear that the native file stores as a convolution of size 1 in three dimensions; the bias is the same in both."""
+
+    diffusers: str
+    native: str
+
+
+Row = Rename | Fuse | SwapHalves | Pointwise
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in its counterpart: rows `start/total .. stop/total` of `name`, halves swapped or not."""
+    """Where a tensor lies in its counterpart: rows `start/total .. stop/total` of `name`, halves swapped or not.
+
+    `pointwise`: the native weight has three more dimensions, of size 1.
+    """
 
     name: str
     start: int = 0
     stop: int = 1
     total: int = 1
     swap: bool = False
+    pointwise: bool = False
 
     @property
     def whole(self) -> bool:
@@ -70,7 +82,24 @@ class Place:
     def cut(self, native: torch.Tensor) -> torch.Tensor:
         """This piece of the native tensor: a view, unless the halves are swapped."""
         piece = native if self.whole else native[self.rows(native.shape[0])]
+        if self.pointwise and piece.ndim > 1:
+            return piece.flatten(1)
         return torch.cat(piece.chunk(2)[::-1]) if self.swap else piece
+
+    def uncut(self, piece: torch.Tensor) -> torch.Tensor:
+        """The piece as the native tensor holds it."""
+        if self.pointwise and piece.ndim > 1:
+            return piece[..., None, None, None]
+        return torch.cat(piece.chunk(2)[::-1]) if self.swap else piece
+
+    def shape(self, native: tuple[int, ...]) -> tuple[int, ...]:
+        """The piece's shape in a native tensor of shape `native`; of one that cannot be cut: its own."""
+        if self.pointwise and native[2:] == (1, 1, 1):
+            return native[:2]
+        if self.whole or not native or native[0] % self.total:
+            return native
+        rows = self.rows(native[0])
+        return (rows.stop - rows.start, *native[1:])
 
 
 @dataclass(frozen=True)
@@ -106,7 +135,7 @@ class KeyTable:
             except KeyTableError:
                 unknown.append(native)
                 continue
-            found.update({member.name: Place(native, member.start, member.stop, member.total, member.swap) for member in members})
+            found.update({member.name: replace(member, name=native) for member in members})
         if unknown:
             raise _unmatched(unknown)
         return found
@@ -134,13 +163,14 @@ def _members(row: Row) -> list[tuple[str, int, int, int]]:
 
 def _to_native(row: Row, member: int) -> Callable[[str, str], Place]:
     _, start, stop, total = _members(row)[member]
-    return lambda index, rest: Place(row.native.replace("{}", index) + rest, start, stop, total, isinstance(row, SwapHalves))
+    kind = isinstance(row, SwapHalves), isinstance(row, Pointwise)
+    return lambda index, rest: Place(row.native.replace("{}", index) + rest, start, stop, total, *kind)
 
 
 def _to_diffusers(row: Row) -> Callable[[str, str], tuple[Place, ...]]:
+    kind = isinstance(row, SwapHalves), isinstance(row, Pointwise)
     return lambda index, rest: tuple(
-        Place(name.replace("{}", index) + rest, start, stop, total, isinstance(row, SwapHalves))
-        for name, start, stop, total in _members(row)
+        Place(name.replace("{}", index) + rest, start, stop, total, *kind) for name, start, stop, total in _members(row)
     )
 
 

@@ -116,7 +116,7 @@ def native_state(state: Mapping[str, torch.Tensor], table: KeyTable) -> dict[str
 def _joined(pieces: list[tuple[Place, torch.Tensor]]) -> torch.Tensor:
     """One native tensor of its pieces; the inverse of `Place.cut`."""
     ordered = sorted(pieces, key=lambda piece: piece[0].start)
-    parts = [torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor for place, tensor in ordered]
+    parts = [place.uncut(tensor) for place, tensor in ordered]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -153,7 +153,7 @@ def _places(checkpoint: Checkpoint, table: KeyTable, module: nn.Module) -> Mappi
         places = {name: Place(name) for name in checkpoint.tensors} if named_as_module else table.map_file(checkpoint.tensors)
     except KeyTableError as error:
         raise KeyTableError(error.problems, subject=checkpoint.path.name) from None
-    found = {name: _shape(checkpoint.tensors[place.name].shape, place) for name, place in places.items()}
+    found = {name: place.shape(checkpoint.tensors[place.name].shape) for name, place in places.items()}
     wrong = [f"{name} is {list(found[name])}, not {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
     problems = [
         Problem(f"{len(names)} tensors {what} ({_some(names)})", "the file must fit the model tensor by tensor", remedy)
@@ -167,13 +167,6 @@ def _places(checkpoint: Checkpoint, table: KeyTable, module: nn.Module) -> Mappi
     if problems:
         raise CheckpointError(problems, subject=checkpoint.path.name)
     return places
-
-
-def _shape(native: tuple[int, ...], place: Place) -> tuple[int, ...]:
-    if place.whole or not native or native[0] % place.total:
-        return native
-    rows = place.rows(native[0])
-    return (rows.stop - rows.start, *native[1:])
 
 
 def _some(names: list[str]) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainers.errors import KeyTableError
-from trainers.keytable import Fuse, KeyTable, Rename, SwapHalves
+from trainers.keytable import Fuse, KeyTable, Pointwise, Rename, SwapHalves
 from trainers.load import native_state
 
 TABLE = KeyTable(
@@ -70,3 +70,14 @@ def test_patterns_end_at_dots() -> None:
     with pytest.raises(KeyTableError):
         TABLE.to_native("blocks.1.project.weight")
     assert TABLE.to_native("blocks.1.proj").name == "layers.1.out"
+
+
+def test_a_linear_is_a_convolution_of_size_1_in_the_file() -> None:
+    table = KeyTable((Pointwise("attentions.0.to_q", "attn_1.q"),))
+    ours = {"attentions.0.to_q.weight": torch.randn(4, 3), "attentions.0.to_q.bias": torch.randn(4)}
+    native = native_state(ours, table)
+    assert {name: tuple(tensor.shape) for name, tensor in native.items()} == {"attn_1.q.weight": (4, 3, 1, 1, 1), "attn_1.q.bias": (4,)}
+    for name, place in table.map_file(native).items():
+        assert torch.equal(place.cut(native[place.name]), ours[name])
+        assert place.shape(tuple(native[place.name].shape)) == tuple(ours[name].shape)
+    assert table.to_native("attentions.0.to_q.weight").shape((4, 3, 3, 3, 3)) == (4, 3, 3, 3, 3), "no convolution of size 1"

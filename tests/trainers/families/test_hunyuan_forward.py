@@ -1,0 +1,239 @@
+"""HunyuanVideo's inputs and answers: what the transformer gets, text and video from a diffusers folder, LoRAs in diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hunyuan_files import I2V_V1, I2V_V2, IMAGE, T2V, random_adapter, random_transformer
+
+from trainers.families.hunyuan import FAMILY, LATENT, simple_schedule
+from trainers.family import FIRST_FRAME, IMAGE_TEXT, Conditions, FirstFrameRule, TextBatch, TextRecord, Variant, family_of
+from trainers.flow import noised, velocity_loss
+from trainers.lora_format import write_lora
+
+ALL = [T2V, I2V_V1, I2V_V2]
+SIGMA = torch.tensor([0.25, 1.0])
+
+
+def variant_of(name: str) -> Variant:
+    return family_of(name)[1]
+
+
+def clips() -> tuple[torch.Tensor, torch.Tensor, Conditions]:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, 16, 3, 4, 6, generator=generator) for _ in range(2))
+    return clean, noise, Conditions({FIRST_FRAME: torch.randn(2, 16, 1, 4, 6, generator=generator)})
+
+
+def text(batch: int = 2) -> TextBatch:
+    generator = torch.Generator().manual_seed(1)
+    records = [TextRecord(torch.randn(3 + index, 64, generator=generator), torch.randn(768, generator=generator)) for index in range(batch)]
+    return FAMILY.collate_text(records, torch.device("cpu"), torch.float32)
+
+
+def built(variant: str) -> torch.nn.Module:
+    """The family's own module with random weights."""
+    weights = random_transformer(variant)
+    transformer = FAMILY.build(dict(weights.config))
+    transformer.load_state_dict(weights.state_dict(), assign=True)
+    return transformer.eval()
+
+
+# What the transformer gets
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_times_and_guidance_in_thousandths(variant: str) -> None:
+    clean, _, conditions = clips()
+    prepared = FAMILY.prepare(variant_of(variant), clean, SIGMA, conditions)
+    assert prepared.timesteps.tolist() == [250.0, 1000.0]
+    assert prepared.extra["guidance"].tolist() == [6000.0, 6000.0]
+    told = Conditions(conditions.tensors, guidance=1.0)
+    assert FAMILY.prepare(variant_of(variant), clean, SIGMA, told).extra["guidance"].tolist() == [1000.0, 1000.0]
+
+
+def test_text_to_video_gets_the_latents_as_they_are() -> None:
+    clean, _, _ = clips()
+    prepared = FAMILY.prepare(variant_of(T2V), clean, SIGMA, Conditions())
+    assert torch.equal(prepared.latents_BCFHW, clean)
+    assert prepared.loss_mask is None
+
+
+def test_v1_gets_the_first_frame_beside_the_latents() -> None:
+    clean, _, conditions = clips()
+    prepared = FAMILY.prepare(variant_of(I2V_V1), clean, SIGMA, conditions)
+    latents, image, mask = prepared.latents_BCFHW.split((16, 16, 1), dim=1)
+    assert torch.equal(latents, clean)
+    assert torch.equal(image[:, :, :1], conditions.tensors[FIRST_FRAME])
+    assert not image[:, :, 1:].any()
+    assert mask[:, :, 0].eq(1).all()
+    assert not mask[:, :, 1:].any()
+    assert prepared.loss_mask is None
+
+
+def test_v2_gets_the_first_frame_in_the_place_of_the_first() -> None:
+    clean, _, conditions = clips()
+    prepared = FAMILY.prepare(variant_of(I2V_V2), clean, SIGMA, conditions)
+    assert torch.equal(prepared.latents_BCFHW[:, :, :1], conditions.tensors[FIRST_FRAME])
+    assert torch.equal(prepared.latents_BCFHW[:, :, 1:], clean[:, :, 1:])
+    assert prepared.loss_mask is not None
+    assert not prepared.loss_mask[:, :, 0].any()
+    assert prepared.loss_mask[:, :, 1:].eq(1).all()
+
+
+def test_what_is_declared() -> None:
+    for name in ALL:
+        image = {FIRST_FRAME, IMAGE_TEXT} if name != T2V else set()
+        assert FAMILY.required(variant_of(name)) == {"latents"} | image
+        assert FAMILY.first_frame(variant_of(name)) == (FirstFrameRule(1.0, always=True) if image else None)
+    assert [FAMILY.comfyui(variant_of(name)).image_interleave for name in ALL] == [None, 2, 4]
+    assert [FAMILY.sampling(variant_of(name)).guidance for name in ALL] == [6.0, None, 6.0]
+    assert FAMILY.latent(variant_of(T2V)).shape(73, 480, 848) == (16, 19, 60, 106)
+    assert "num_frames is 80; this model needs 4n+1. Use 77 or 81." in str(LATENT.problems(80, 480, 848)[0])
+
+
+def test_captions_are_padded_to_the_longest_with_a_mask() -> None:
+    batch = text()
+    assert batch.embeds_BLD.shape == (2, 4, 64)
+    assert batch.mask_BL is not None
+    assert batch.mask_BL.tolist() == [[True, True, True, False], [True] * 4]
+    assert not batch.embeds_BLD[0, 3].any()
+    assert batch.pooled_BD is not None
+    assert batch.pooled_BD.shape == (2, 768)
+
+
+def test_the_schedule_is_evenly_spaced_then_shifted() -> None:
+    assert simple_schedule(4, 1.0, 0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert simple_schedule(20, 7.0, 0)[10] == pytest.approx(0.875)
+    assert simple_schedule(30, 1.0, 0)[1] == 0.967, "one of a thousand levels"
+
+
+# What it answers
+
+
+@pytest.mark.parametrize("variant", [T2V, I2V_V1])
+def test_predict_is_the_transformer_of_diffusers(variant: str) -> None:
+    clean, noise, conditions = clips()
+    given, captions = FAMILY.prepare(variant_of(variant), noised(clean, noise, SIGMA), SIGMA, conditions), text()
+    theirs = random_transformer(variant)
+    expected = theirs(
+        given.latents_BCFHW,
+        1000 * SIGMA,
+        captions.embeds_BLD,
+        captions.mask_BL,
+        captions.pooled_BD,
+        torch.tensor([6000.0, 6000.0]) if theirs.config.guidance_embeds else None,
+    ).sample
+    assert torch.equal(FAMILY.predict(built(variant), given, captions), expected)
+
+
+def test_the_guidance_modulates_the_first_frame_of_v2() -> None:
+    """Unlike in diffusers: frames after the first, which are those that are predicted, differ by that."""
+    _, noise, conditions = clips()
+    given = FAMILY.prepare(variant_of(I2V_V2), noise, SIGMA, conditions)
+    ours, theirs = (FAMILY.predict(model, given, text())[:, :, 1:] for model in (built(I2V_V2), random_transformer(I2V_V2)))
+    assert (ours - theirs).norm() > 1e-3 * theirs.norm()
+    embedding = built(I2V_V2).time_text_embed
+    others, first = embedding(1000 * SIGMA, text().pooled_BD, torch.tensor([6000.0, 6000.0]))
+    assert torch.equal(first, embedding(torch.zeros(2), text().pooled_BD, torch.tensor([6000.0, 6000.0]))[0])
+    assert not torch.equal(first, others)
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_ten_steps_lower_the_loss(variant: str) -> None:
+    """The velocity has the sign and scale of noise - clean."""
+    transformer = built(variant).requires_grad_(True)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3)
+    clean, noise, conditions = clips()
+    given, losses = FAMILY.prepare(variant_of(variant), noised(clean, noise, SIGMA), SIGMA, conditions), []
+    for _ in range(10):
+        loss = velocity_loss(FAMILY.predict(transformer, given, text()), noise - clean, given.loss_mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_cost_counts_what_torch_counts(variant: str) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    transformer, captions = random_transformer(variant), text(1)
+    clean, _, conditions = clips()
+    conditions = Conditions({FIRST_FRAME: conditions.tensors[FIRST_FRAME][:1]})
+    given = FAMILY.prepare(variant_of(variant), clean[:1], SIGMA[:1], conditions)
+    # The fused attention of the CPU is not counted by torch; the one of plain matrix products is.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        FAMILY.predict(transformer, given, captions)
+    assert FAMILY.cost(transformer.config, (16, 3, 4, 6), captions.embeds_BLD.shape[1]) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_targets_are_the_linears_of_the_blocks_only() -> None:
+    import re
+
+    patterns = [re.compile(pattern) for pattern in FAMILY.targets.attention + FAMILY.targets.feed_forward]
+    names = [name for name, module in random_transformer().named_modules() if isinstance(module, torch.nn.Linear)]
+    adapted = {name for name in names if any(pattern.search(name) for pattern in patterns)}
+    blocks = {name for name in names if name.startswith(FAMILY.blocks)}
+    assert blocks - adapted == {name for name in blocks if ".norm" in name}, "all but the modulation"
+    assert adapted <= blocks
+
+
+# LoRAs in diffusers
+
+
+def answer(transformer: Any, channels: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    latents, captions = torch.randn(2, channels, 2, 4, 4, generator=generator), text()
+    guidance = torch.tensor([6000.0, 6000.0])
+    with torch.no_grad():
+        found: torch.Tensor = transformer(
+            latents, 1000 * SIGMA, captions.embeds_BLD, captions.mask_BL, captions.pooled_BD, guidance, return_dict=False
+        )[0]
+    return found
+
+
+PIPELINE_SIZES = {
+    "double blocks": {"num_single_layers": 0},
+    "single blocks, at the only width their reader knows": {
+        "num_attention_heads": 24,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_refiner_layers": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("size", PIPELINE_SIZES.values(), ids=PIPELINE_SIZES)
+def test_the_pipeline_loads_the_file_and_answers_the_same(tmp_path: Path, size: dict[str, int]) -> None:
+    from diffusers import HunyuanVideoPipeline
+
+    trained = random_transformer(T2V, **size)
+    bare = answer(trained)
+    write_lora(tmp_path / "a.safetensors", random_adapter(trained), FAMILY)
+    expected = answer(trained)
+    trained = None  # two of this size need not be in memory at once
+    pipeline = HunyuanVideoPipeline(None, None, random_transformer(T2V, **size), None, None, None, None)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", local_files_only=True)
+    found = answer(pipeline.transformer)
+    assert (expected - bare).norm() > 0.01 * bare.norm()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    del pipeline
+
+
+@pytest.mark.parametrize("variant", [I2V_V1, I2V_V2])
+def test_the_image_to_video_pipeline_loads_it_too(tmp_path: Path, variant: str) -> None:
+    from diffusers import HunyuanVideoImageToVideoPipeline
+
+    size = {"num_single_layers": 0}
+    channels = IMAGE[variant].get("in_channels", 16)
+    trained = random_transformer(variant, **size)
+    write_lora(tmp_path / "a.safetensors", random_adapter(trained), FAMILY)
+    pipeline = HunyuanVideoImageToVideoPipeline(None, None, random_transformer(variant, **size), None, None, None, None, None)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", local_files_only=True)
+    torch.testing.assert_close(answer(pipeline.transformer, channels), answer(trained, channels))
