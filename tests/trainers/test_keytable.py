@@ -70,3 +70,12 @@ def test_patterns_end_at_dots() -> None:
     with pytest.raises(KeyTableError):
         TABLE.to_native("blocks.1.project.weight")
     assert TABLE.to_native("blocks.1.proj").name == "layers.1.out"
+
+
+def test_the_last_block_may_have_names_of_its_own() -> None:
+    table = KeyTable((Rename("blocks.{}.norm.linear", "layers.{}.mod"), Rename("blocks.{}.norm.linear_1", "layers.{last}.mod")), last=47)
+    names = [f"layers.{index}.mod.weight" for index in (0, 1, 10)]
+    assert [*table.map_file(names)] == ["blocks.0.norm.linear.weight", "blocks.1.norm.linear.weight", "blocks.10.norm.linear_1.weight"]
+    assert [*table.map_file(names[:1])] == ["blocks.0.norm.linear_1.weight"], "a file's own last block"
+    assert table.to_native("blocks.10.norm.linear_1.weight").name == "layers.10.mod.weight"
+    assert [table.to_diffusers(f"layers.{index}.mod")[0].name[-8:] for index in (4, 47, 147)] == ["m.linear", "linear_1", "m.linear"]
