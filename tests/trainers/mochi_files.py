@@ -33,12 +33,12 @@ def tiny_mochi(seed: int = 0, **changes: object) -> torch.nn.Module:
     return transformer.requires_grad_(False).eval()
 
 
-def tiny_mochi_vae(seed: int = 0) -> torch.nn.Module:
+def tiny_mochi_vae(seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random AutoencoderKLMochi of few channels (32 is the least that its norms take)."""
     from diffusers import AutoencoderKLMochi
 
     torch.manual_seed(seed)
-    vae = AutoencoderKLMochi(**TINY_MOCHI_VAE)
+    vae = AutoencoderKLMochi(**(TINY_MOCHI_VAE | changes))
     with torch.no_grad():
         for parameter in vae.parameters():
             if parameter.ndim == 1:

@@ -15,6 +15,7 @@ import torch
 from ..errors import CheckpointError, Problem
 from ..family import (
     ComfyNames,
+    ComfyT5,
     Conditions,
     Detection,
     Family,
@@ -189,7 +190,7 @@ class Mochi:
         return Sampling(steps=30, shift=6.0, cfg=4.5, schedule=simple_schedule)
 
     def comfyui(self, variant: Variant) -> ComfyNames:
-        return ComfyNames("MOCHI", "Mochi", "MochiT5Tokenizer", ("genmo.vae.model.VideoVAE",))
+        return ComfyNames("MOCHI", "Mochi", "MochiT5Tokenizer", ("genmo.vae.model.VideoVAE",), t5=ComfyT5("genmo", "mochi_te", "t5xxl"))
 
     def first_frame(self, variant: Variant) -> FirstFrameRule | None:
         return None

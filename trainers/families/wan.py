@@ -19,6 +19,7 @@ import torch
 from ..errors import CheckpointError, Problem
 from ..family import (
     ComfyNames,
+    ComfyT5,
     Conditions,
     Detection,
     Family,
@@ -179,6 +180,7 @@ VAE_KEYS = KeyTable(
     )
 )
 
+_UMT5 = ComfyT5("wan", "te", "umt5xxl", tokenizer_in_file=True)
 _VAE_2_1 = Vae("wan2.1", "Wan 2.1 VAE", VAE_KEYS)
 
 
@@ -204,7 +206,7 @@ class Wan:
         return Sampling(steps=30, shift=5.0, cfg=6.0)
 
     def comfyui(self, variant: Variant) -> ComfyNames:
-        return ComfyNames("WAN", "Wan21", "WanT5Tokenizer", ("WanVAE", "TAEHV"))
+        return ComfyNames("WAN", "Wan21", "WanT5Tokenizer", ("WanVAE", "TAEHV"), t5=_UMT5)
 
     def first_frame(self, variant: Variant) -> FirstFrameRule | None:
         return None

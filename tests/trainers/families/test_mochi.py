@@ -10,14 +10,17 @@ import pytest
 import torch
 from mochi_files import MOCHI, MOCHI_VAE, native_vae, tiny_mochi, tiny_mochi_vae
 from model_files import Shapes, entries, shapes_of, write_header_only
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from trainers.checkpoint import Checkpoint
 from trainers.errors import CheckpointError
 from trainers.families.mochi import FAMILY, LATENT, simple_schedule
 from trainers.family import Conditions, TextBatch, TextRecord, VaeDetection, detect, detect_vae, families
 from trainers.flow import noised
+from trainers.job import LoraSpec
 from trainers.load import load_transformer, load_vae, native_state
+from trainers.lora import adapter_state, inject
+from trainers.lora_format import convert, read_lora, write_lora
 
 # Of diffusers' own rope; ours has no autocast.
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported")
@@ -351,3 +354,44 @@ def test_text_is_encoded_as_the_pipeline_of_diffusers_does() -> None:
     batch = FAMILY.collate_text(records, CPU, torch.float64)
     assert torch.equal(batch.mask_BL, mask)
     torch.testing.assert_close(batch.embeds_BLD, expected * mask[:, :, None], rtol=0, atol=1e-12)
+
+
+# LoRA files
+
+
+@torch.no_grad()
+def test_the_pipeline_of_diffusers_loads_the_converted_file_and_answers_the_same(tmp_path: Path) -> None:
+    """Diffusers has no converter for Mochi: the native file is ComfyUI's, and `convert` makes the pipeline's."""
+    from diffusers import MochiPipeline
+
+    spec, trained, bare = LoraSpec(rank=4, alpha=2.0), tiny_mochi(), tiny_mochi()
+    for parameter in inject(trained, FAMILY, spec, seed=0):
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    write_lora(tmp_path / "native.safetensors", adapter_state(trained, spec), FAMILY)
+    convert(tmp_path / "native.safetensors", tmp_path / "converted.safetensors", "diffusers")
+    pipeline = MochiPipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=tiny_mochi())
+    pipeline.load_lora_weights(str(tmp_path), weight_name="converted.safetensors", local_files_only=True)
+    clean, _, sigma = inputs()
+    prepared = FAMILY.prepare(FAMILY.variants[0], clean, sigma, Conditions())
+    expected, found, without = (FAMILY.predict(model, prepared, text()) for model in (trained, pipeline.transformer, bare))
+    assert (expected - without).abs().max() > 0.01
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_lora_is_native_and_its_gated_layers_are_turned_round(tmp_path: Path) -> None:
+    transformer, spec = tiny_mochi(), LoraSpec(rank=2)
+    with torch.no_grad():
+        for index, parameter in enumerate(inject(transformer, FAMILY, spec, seed=0)):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    adapter = adapter_state(transformer, spec)
+    write_lora(tmp_path / "lora.safetensors", adapter, FAMILY)
+    found = load_file(tmp_path / "lora.safetensors")
+    names = ["qkv_x", "qkv_y", "proj_x", "proj_y"]
+    modules = [f"blocks.{block}.attn.{name}" for block in range(2) for name in names if (block, name) != (1, "proj_y")]
+    modules += [f"blocks.{block}.mlp_{side}.w{n}" for block, side in ((0, "x"), (0, "y"), (1, "x")) for n in (1, 2)]
+    assert sorted(found) == sorted(f"diffusion_model.{module}.lora_{part}.weight" for module in modules for part in "AB")
+    trained = adapter.modules["transformer_blocks.1.ff.net.0.proj"].up_OR
+    assert torch.equal(found["diffusion_model.blocks.1.mlp_x.w1.lora_B.weight"], torch.cat(trained.chunk(2)[::-1]))
+    back = read_lora(tmp_path / "lora.safetensors", FAMILY)
+    assert back.modules.keys() == adapter.modules.keys()
+    assert all(torch.equal(back.modules[name].up_OR, pair.up_OR) for name, pair in adapter.modules.items())
