@@ -6,6 +6,7 @@ transformers) gets native names first, by the family's own tables.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,21 +46,29 @@ def latent_format(names: ComfyNames) -> Any:
 
 
 def check_parts(family: Family, variant: Variant, vae: Any = None, clip: Any = None) -> None:
-    """Raises CheckpointError when a VAE or CLIP object is not the variant's; None is not looked at.
+    """Raises CheckpointError when a VAE or CLIP object is not the variant's or cannot encode; None is not looked at.
 
     Another CLIP would do no harm that anyone sees: core's Load CLIP reads the right file as another type's without a word.
     """
     names, problems = family.comfyui(variant), []
-    if vae is not None and (kind := type(vae.first_stage_model).__name__) not in names.vaes:
-        problems.append(Problem(f"the VAE is a {kind}", f"{family.title} has its own", "Wire the model's VAE, or Load Encoders."))
+    if vae is not None and not any(_full_name(vae.first_stage_model).endswith(f".{name}") for name in names.vaes):
+        value = f"the VAE is a {type(vae.first_stage_model).__name__}"
+        problems.append(Problem(value, f"{family.title} has its own", "Wire the model's VAE, or Load Encoders."))
     elif vae is not None and vae.latent_channels != (channels := family.latent(variant).channels):
         value, rule = f"the VAE gives {vae.latent_channels} channels", f"{variant.title} has {channels}"
         problems.append(Problem(value, rule, "Wire the model's VAE, or Load Encoders."))
+    elif vae is not None and getattr(vae.first_stage_model, "encoder", vae) is None:
+        remedy = "Choose a file with the encoder in Base Model."
+        problems.append(Problem("the VAE's file holds the decoder only", "clips are encoded with the encoder", remedy))
     if clip is not None and (kind := type(clip.tokenizer).__name__) != names.tokenizer:
         remedy = f"Choose the type {names.clip_type.lower()} in Load CLIP, or wire Load Encoders."
         problems.append(Problem(f"the CLIP reads text with a {kind}", f"{family.title} needs a {names.tokenizer}", remedy))
     if problems:
         raise CheckpointError(problems)
+
+
+def _full_name(module: torch.nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def load_transformer(path: Path, family: Family, options: dict[str, Any]) -> Any:
@@ -77,28 +86,30 @@ def load_transformer(path: Path, family: Family, options: dict[str, Any]) -> Any
 
 
 def load_vae(path: Path, family: Family, variant: Variant) -> Any:
-    """The VAE of a file, a folder, or a checkpoint that has one."""
+    """The VAE of a file, a folder, or a checkpoint that has one; of a file with the decoder only it has no encoder."""
     checkpoint = Checkpoint.open(path, "vae")
-    keys = detect_vae(checkpoint, family, variant).vae.keys
+    found = detect_vae(checkpoint, family, variant)
     stored, metadata = _read(checkpoint.files)
     state = {name: stored[tensor.key] for name, tensor in checkpoint.tensors.items()}
-    vae = comfy.sd.VAE(sd=under_native_names(state, keys), metadata=metadata)
+    vae = comfy.sd.VAE(sd=under_native_names(state, found.vae.keys), metadata=metadata)
     vae.throw_exception_if_invalid()
+    if not found.encodes:
+        vae.first_stage_model.encoder = None  # else its weights would be whatever the memory held
     return vae
 
 
 def load_text_encoders(paths: Sequence[Path], family: Family, variant: Variant) -> Any:
     """The CLIP of a variant's text encoders: files made for ComfyUI, or folders in transformers' layout."""
-    folders = [_transformers_folder(path) for path in paths]
-    if family.id == "wan" and len(folders) == 1 and folders[0]:
-        return _load_umt5(folders[0])
+    names, folders = family.comfyui(variant), [_transformers_folder(path) for path in paths]
+    if names.t5 and len(folders) == 1 and folders[0]:
+        return _load_t5(folders[0], names)
     files = [file for path, folder in zip(paths, folders, strict=True) for file in (folder.files() if folder else (path,))]
-    if family.id == "wan" and _SPIECE_MODEL not in open_tensor_file(files[0]).tensors:
+    if names.t5 and names.t5.tokenizer_in_file and _SPIECE_MODEL not in open_tensor_file(files[0]).tensors:
         raise _no_tokenizer(files[0])
     return comfy.sd.load_clip(
         [str(file) for file in files],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=getattr(comfy.sd.CLIPType, family.comfyui(variant).clip_type),
+        clip_type=getattr(comfy.sd.CLIPType, names.clip_type),
     )
 
 
@@ -150,25 +161,27 @@ def _no_tokenizer(path: Path) -> CheckpointError:
     )
 
 
-def _load_umt5(folder: TransformersFolder) -> Any:
-    """ComfyUI's UMT5 of any size, with the tokenizer beside it. Its text is padded to 512 rows, as Wan is trained."""
+def _load_t5(folder: TransformersFolder, names: ComfyNames) -> Any:
+    """ComfyUI's T5 of any size, with the tokenizer beside it where ComfyUI has none. Text is padded as the family's is."""
     import comfy.text_encoders.sd3_clip
-    import comfy.text_encoders.wan
 
+    t5 = names.t5
+    assert t5 is not None
     spiece = folder.tokenizer / "spiece.model"
-    if not spiece.is_file():
+    if t5.tokenizer_in_file and not spiece.is_file():
         raise _no_tokenizer(folder.weights)
     state, _ = _read(folder.files())
     if (tied := state.pop("encoder.embed_tokens.weight", None)) is not None:
         state.setdefault("shared.weight", tied)  # the same tensor; a file has one of the names, or both
-    model_class = comfy.text_encoders.wan.te(**comfy.text_encoders.sd3_clip.t5_xxl_detect(state))
+    module = importlib.import_module(f"comfy.text_encoders.{t5.module}")
+    model_class = getattr(module, t5.function)(**comfy.text_encoders.sd3_clip.t5_xxl_detect(state))
     return comfy.sd.CLIP(
-        SimpleNamespace(clip=model_class, tokenizer=comfy.text_encoders.wan.WanT5Tokenizer, params={}),
+        SimpleNamespace(clip=model_class, tokenizer=getattr(module, names.tokenizer), params={}),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        tokenizer_data={_SPIECE_MODEL: spiece.read_bytes()},
+        tokenizer_data={_SPIECE_MODEL: spiece.read_bytes()} if t5.tokenizer_in_file else {},
         parameters=comfy.utils.calculate_parameters(state),
         state_dict=[state],
-        model_options={"umt5xxl_model_config": _t5_config(folder.config)},
+        model_options={f"{t5.name}_model_config": _t5_config(folder.config)},
     )
 
 

@@ -228,11 +228,25 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class ComfyT5:
+    """What ComfyUI makes the CLIP of a single T5 of: `function` in a module of its text_encoders, and the encoder's `name`.
+
+    `tokenizer_in_file`: the tokenizer comes with the weights (UMT5); for other T5 ComfyUI has its own.
+    """
+
+    module: str
+    function: str
+    name: str
+    tokenizer_in_file: bool = False
+
+
+@dataclass(frozen=True)
 class ComfyNames:
     """What ComfyUI calls a variant's parts.
 
     `clip_type` in its CLIPType, `latent_format` among its latent formats; `tokenizer` and `vaes` are names of the classes
-    that its CLIP and VAE objects are made of. `text_encoders` is how many files a CLIP is made of. `image_interleave`: with
+    that its CLIP and VAE objects are made of, with the ends of their modules' names where two are called alike.
+    `text_encoders` is how many files a CLIP is made of, `t5` what one is made of that is a T5 alone. `image_interleave`: with
     IMAGE_TEXT, each how many image tokens one is kept.
     """
 
@@ -242,6 +256,7 @@ class ComfyNames:
     vaes: tuple[str, ...]
     text_encoders: int = 1
     image_interleave: int | None = None
+    t5: ComfyT5 | None = None
 
 
 @dataclass(frozen=True)

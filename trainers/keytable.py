@@ -1,8 +1,9 @@
 """How a family's tensors are named, cut and ordered: native file <-> diffusers class, in one table for both ways.
 
 A row's pattern stands for a module or a parameter and matches at dots: "blocks.{}.attn1.to_q" matches
-"blocks.3.attn1.to_q.weight", and "{}" stands for one block index. The longest matching pattern wins. The same table
-fills a model from a native file, names LoRA modules, and writes a native file back.
+"blocks.3.attn1.to_q.weight", and "{}" stands for one block index. In a native pattern "{last}" stands for the index of the
+last block only, where a name means another module there. The longest matching pattern wins. The same table fills a model
+from a native file, names LoRA modules, and writes a native file back.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Pointwise:
 
 
 Row = Rename | Fuse | SwapHalves | Pointwise
+LAST = "{last}"
+_INDEX = r"\d+"
 T = TypeVar("T")
 
 
@@ -106,11 +109,13 @@ class Place:
 class KeyTable:
     """The rows of one module (a transformer or a VAE).
 
-    `ignored` are native patterns that carry no weights of the model (e.g. stored rope tables).
+    `ignored` are native patterns that carry no weights of the model (e.g. stored rope tables). `last` is the "{last}" of a
+    name that is asked for by itself; in a file it is the highest index that is there.
     """
 
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
+    last: int = 0
 
     def to_native(self, name: str) -> Place:
         """Where the diffusers tensor or module `name` lies. Raises KeyTableError when no row matches."""
@@ -125,6 +130,10 @@ class KeyTable:
 
     def map_file(self, native_names: Iterable[str]) -> dict[str, Place]:
         """{diffusers name: its place in the file} for every native name; an unmatched name raises KeyTableError."""
+        native_names = list(native_names)
+        last = self._last_of(native_names)
+        if last != self.last:
+            return replace(self, last=last).map_file(native_names)
         found: dict[str, Place] = {}
         unknown: list[str] = []
         for native in native_names:
@@ -146,7 +155,13 @@ class KeyTable:
 
     @cached_property
     def _diffusers_names(self) -> _Index[tuple[Place, ...]]:
-        return _Index([(row.native, _to_diffusers(row)) for row in self.rows])
+        return _Index([(row.native.replace(LAST, f"{{{self.last}}}"), _to_diffusers(row)) for row in self.rows])
+
+    def _last_of(self, native_names: list[str]) -> int:
+        """The highest index of the blocks whose last one has names of its own; `last` where there is none."""
+        starts = {row.native.partition(LAST)[0] for row in self.rows if LAST in row.native}
+        indices = (re.match(r"\d+", name.removeprefix(start)) for start in starts for name in native_names if name.startswith(start))
+        return max((int(index[0]) for index in indices if index), default=self.last)
 
 
 def _members(row: Row) -> list[tuple[str, int, int, int]]:
@@ -164,7 +179,8 @@ def _members(row: Row) -> list[tuple[str, int, int, int]]:
 def _to_native(row: Row, member: int) -> Callable[[str, str], Place]:
     _, start, stop, total = _members(row)[member]
     kind = isinstance(row, SwapHalves), isinstance(row, Pointwise)
-    return lambda index, rest: Place(row.native.replace("{}", index) + rest, start, stop, total, *kind)
+    native = row.native.replace(LAST, "{}")
+    return lambda index, rest: Place(native.replace("{}", index) + rest, start, stop, total, *kind)
 
 
 def _to_diffusers(row: Row) -> Callable[[str, str], tuple[Place, ...]]:
@@ -194,7 +210,7 @@ class _Index(Generic[T]):
 
 
 def _regex(pattern: str) -> str:
-    return re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(?=\.|$)"
+    return re.sub(r"\\{(\d*)\\}", lambda index: f"({index[1] or _INDEX})", re.escape(pattern)) + r"(?=\.|$)"
 
 
 def _unmatched(names: list[str]) -> KeyTableError:

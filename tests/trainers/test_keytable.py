@@ -81,3 +81,12 @@ def test_a_linear_is_a_convolution_of_size_1_in_the_file() -> None:
         assert torch.equal(place.cut(native[place.name]), ours[name])
         assert place.shape(tuple(native[place.name].shape)) == tuple(ours[name].shape)
     assert table.to_native("attentions.0.to_q.weight").shape((4, 3, 3, 3, 3)) == (4, 3, 3, 3, 3), "no convolution of size 1"
+
+
+def test_the_last_block_may_have_names_of_its_own() -> None:
+    table = KeyTable((Rename("blocks.{}.norm.linear", "layers.{}.mod"), Rename("blocks.{}.norm.linear_1", "layers.{last}.mod")), last=47)
+    names = [f"layers.{index}.mod.weight" for index in (0, 1, 10)]
+    assert [*table.map_file(names)] == ["blocks.0.norm.linear.weight", "blocks.1.norm.linear.weight", "blocks.10.norm.linear_1.weight"]
+    assert [*table.map_file(names[:1])] == ["blocks.0.norm.linear_1.weight"], "a file's own last block"
+    assert table.to_native("blocks.10.norm.linear_1.weight").name == "layers.10.mod.weight"
+    assert [table.to_diffusers(f"layers.{index}.mod")[0].name[-8:] for index in (4, 47, 147)] == ["m.linear", "linear_1", "m.linear"]

@@ -25,6 +25,7 @@ from ..family import (
     FIRST_FRAME_CLIP,
     IMAGE_EMBEDS,
     ComfyNames,
+    ComfyT5,
     Conditions,
     Detection,
     Family,
@@ -52,6 +53,7 @@ MASK_CHANNELS = 4
 
 _VAE_FIELDS = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout")
 
+_UMT5 = ComfyT5("wan", "te", "umt5xxl", tokenizer_in_file=True)
 _VAE_2_1 = Vae("wan2.1", "Wan 2.1 VAE", VAE_KEYS_2_1, tuple(kind.variant.id for kind in KINDS if not kind.first_frame_in_place))
 _VAE_2_2 = Vae("wan2.2", "Wan 2.2 VAE (of TI2V 5B)", VAE_KEYS_2_2, tuple(kind.variant.id for kind in KINDS if kind.first_frame_in_place))
 _RESIDUAL_VAE = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
@@ -82,7 +84,7 @@ class Wan:
 
     def comfyui(self, variant: Variant) -> ComfyNames:
         latent_format = "Wan22" if KIND_OF[variant.id].first_frame_in_place else "Wan21"
-        return ComfyNames("WAN", latent_format, "WanT5Tokenizer", ("WanVAE", "TAEHV"))
+        return ComfyNames("WAN", latent_format, "WanT5Tokenizer", ("WanVAE", "TAEHV"), t5=_UMT5)
 
     def first_frame(self, variant: Variant) -> FirstFrameRule | None:
         kind = KIND_OF[variant.id]
