@@ -122,7 +122,9 @@ def sampled(question: Question, transformer: torch.nn.Module) -> tuple[torch.Ten
     solver = Solver.of(FAMILY, question.variant, STEPS, None, None, tokens=36)
     prompt, negative = (TextRecord(text_BLD[0]) for text_BLD in (question.text_BLD, question.negative_BLD))
     noise, conditions = question.noise_BCFHW, question.conditions
-    found = sample_latents(FAMILY, question.variant, transformer, noise, [prompt], negative, solver, torch.float32, conditions=conditions)
+    found = sample_latents(
+        FAMILY, question.variant, lambda _: transformer, noise, [prompt], negative, solver, torch.float32, conditions=conditions
+    )
     return found, list(solver.sigmas)
 
 

@@ -158,7 +158,7 @@ def test_a_preview_gives_the_first_frame_back_as_it_was(tmp_path: Path) -> None:
     found = sample_latents(
         FAMILY,
         asked.variant,
-        transformer,
+        lambda _: transformer,
         asked.noise_BCFHW,
         [texts[0]],
         texts[1],
