@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hunyuan_encoders import Folder, clip, image, image_processor, llama, llama_tokenizer, llava, word_tokenizer
 from hunyuan_files import I2V_V1, I2V_V2, IMAGE, T2V, random_adapter, random_transformer
 
+from trainers.families import hunyuan
 from trainers.families.hunyuan import FAMILY, LATENT, simple_schedule
 from trainers.family import FIRST_FRAME, IMAGE_TEXT, Conditions, FirstFrameRule, TextBatch, TextRecord, Variant, family_of
 from trainers.flow import noised, velocity_loss
@@ -237,3 +239,76 @@ def test_the_image_to_video_pipeline_loads_it_too(tmp_path: Path, variant: str) 
     pipeline = HunyuanVideoImageToVideoPipeline(None, None, random_transformer(variant, **size), None, None, None, None, None)
     pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", local_files_only=True)
     torch.testing.assert_close(answer(pipeline.transformer, channels), answer(trained, channels))
+
+
+# Text and video from a diffusers folder
+
+PROMPTS = ["a red circle", "", "two lines,\nthe second longer"]
+
+
+def test_text_is_encoded_as_the_pipeline_of_diffusers_does() -> None:
+    from diffusers import HunyuanVideoPipeline
+
+    folder = Folder((llama_tokenizer(), word_tokenizer()), (llama(), clip()))
+    records = FAMILY.encode_text(variant_of(T2V), folder, PROMPTS)
+    pipeline = HunyuanVideoPipeline(llama(), llama_tokenizer(), None, None, None, clip(), word_tokenizer())
+    template = hunyuan._TEMPLATE
+    crop = len(llama_tokenizer()(template).input_ids) - len("{}") - 1  # <|eot_id|>
+    expected, mask = pipeline._get_llama_prompt_embeds(PROMPTS, {"template": template, "crop_start": crop}, device=torch.device("cpu"))
+    batch = FAMILY.collate_text(records, torch.device("cpu"), torch.float32)
+    rows = batch.embeds_BLD.shape[1]
+    assert batch.mask_BL is not None
+    assert torch.equal(batch.mask_BL.long(), mask[:, :rows])
+    assert not mask[:, rows:].any()
+    torch.testing.assert_close(batch.embeds_BLD, expected[:, :rows] * mask[:, :rows, None])
+    pooled = pipeline._get_clip_prompt_embeds(PROMPTS, device=torch.device("cpu"))
+    torch.testing.assert_close(batch.pooled_BD, pooled)
+
+
+def test_the_template_is_that_of_the_pipelines() -> None:
+    from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
+
+    assert pipeline_hunyuan_video.DEFAULT_PROMPT_TEMPLATE["template"] == hunyuan._TEMPLATE
+    assert pipeline_hunyuan_video_image2video.DEFAULT_PROMPT_TEMPLATE["template"] == hunyuan._IMAGE_TEMPLATE
+
+
+@pytest.mark.parametrize(("variant", "rows"), [(I2V_V1, 288), (I2V_V2, 144)])
+def test_image_text_differs_from_the_pipeline_by_the_last_row(variant: str, rows: int) -> None:
+    """ComfyUI, and so this, ends with the caption's <|eot_id|>; diffusers drops it and keeps the line break of the answer."""
+    from diffusers import HunyuanVideoImageToVideoPipeline
+
+    folder = Folder((llama_tokenizer(), word_tokenizer()), (llava(), clip()), image_processor())
+    (record,) = FAMILY.encode_text(variant_of(variant), folder, PROMPTS[:1], image())
+    assert len(record.embeds_LD) == rows + len("a red circle") + 1
+    pipeline = HunyuanVideoImageToVideoPipeline(llava(), llama_tokenizer(), None, None, None, clip(), word_tokenizer(), image_processor())
+    crop = len(llama_tokenizer()(hunyuan._IMAGE_TEMPLATE.split("{}")[0]).input_ids)
+    template = {"template": hunyuan._IMAGE_TEMPLATE, "crop_start": crop, "image_emb_start": folder_start(), "image_emb_len": 576}
+    template["image_emb_end"] = folder_start() + 576
+    pixels = (image().permute(2, 0, 1) * 255).round().to(torch.uint8)
+    expected, mask = pipeline._get_llama_prompt_embeds(
+        pixels, PROMPTS[:1], template, device=torch.device("cpu"), image_embed_interleave=576 // rows
+    )
+    theirs = expected[0][mask[0].bool()]
+    assert float((record.embeds_LD[:-1] - theirs[: len(record.embeds_LD) - 1]).norm() / theirs.norm()) < 0.05, "an image of 8 bits"
+
+
+def folder_start() -> int:
+    return int(llama_tokenizer()(hunyuan._IMAGE_TEMPLATE).input_ids.index(128257))
+
+
+@torch.no_grad()
+def test_video_goes_through_the_vae_and_back_in_normalised_latents() -> None:
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 16, 16), norm_num_groups=4).eval()
+    pixels = torch.rand(1, 3, 5, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = FAMILY.encode_video(vae, pixels)
+    assert latents.shape == (1, *LATENT.shape(5, 16, 24))
+    mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (LATENT.mean, LATENT.std))
+    posterior = vae.encode(pixels).latent_dist
+    torch.testing.assert_close(latents * std + mean, posterior.mean)
+    decoded = FAMILY.decode_video(vae, latents)
+    assert decoded.shape == pixels.shape
+    assert torch.equal(decoded, vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1))
+    assert vae.config.scaling_factor == pytest.approx(1 / LATENT.std[0])
