@@ -32,7 +32,7 @@ def _fit(lora_node: Any, model: Any, path: Path) -> Any:
         told = lora_node.ApplyLoRA.PREPARE_CLASS_CLONE(None).execute(model, path.name, 1.0)
     except lora_node.LoraError as error:
         return str(error)
-    return told.ui["text"][0].splitlines()[1:]
+    return told.ui["text"][0].partition(": ")[2].splitlines()
 
 
 def _patched_weights(model: Any, lora: str) -> dict[str, torch.Tensor]:
