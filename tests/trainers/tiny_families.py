@@ -6,6 +6,7 @@ A family is added to the suite by its file in `trainers/families/` and one entry
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,20 +37,26 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Published:
-    """A published transformer: its list in `assets/keys`, a name it goes by, what it is, and its config: where it differs
-    from the defaults of the diffusers class.
+    """A published transformer: its list in `assets/keys`, a name it goes by, what it is, its config where it differs from the
+    defaults of the diffusers class, and the config in its header, if it has one.
     """
 
     keys: str
     file_name: str
     variant: str
     config: Config
+    header: Config | None = None
+
+    @property
+    def metadata(self) -> dict[str, str] | None:
+        return {"config": json.dumps(self.header)} if self.header else None
 
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """`config` gives the config of a tiny transformer of a variant, where it differs from the class's defaults. `vaes`: for each kind the list of its keys, and
-    the config of a small one. `text_dim`, `pooled_dim` and `image_dim` are the widths of the tiny model's conditions.
+    """`config` gives the config of a tiny transformer of a variant, where it differs from the class's defaults. `vaes`: for
+    each kind the list of its keys, and the config of a small one. `text_dim`, `pooled_dim` and `image_dim` are the widths of
+    the tiny model's conditions.
     """
 
     diffusers_class: str
@@ -64,25 +71,154 @@ class TinyFamily:
 # Wan
 
 _WAN_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-_WAN_IMAGE = {"image_dim": 1280, "added_kv_proj_dim": 5120}
+_WAN_5B = {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+_WAN_I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_WAN_T2V_14B = "wan2.1_t2v_14B__wan2.2_t2v_A14B"
 
 
 def _wan(variant: str) -> Config:
     sizes = {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 64, "text_dim": 32, "freq_dim": 32}
-    channels = {"in_channels": 36 if "i2v" in variant else 16, "out_channels": 16}
     if "ti2v" in variant:
-        channels = {"in_channels": 48, "out_channels": 48}
-    return sizes | channels | ({"image_dim": 32, "added_kv_proj_dim": 128} if "2.1-i2v" in variant else {})
+        return sizes | {"in_channels": 48, "out_channels": 48}
+    image = {"image_dim": 32, "added_kv_proj_dim": 128} if "2.1-i2v" in variant else {}
+    return sizes | {"in_channels": 36 if "i2v" in variant else 16} | image
 
 
 WAN = TinyFamily(
     "WanTransformer3DModel",
     (
         Published("wan2.1_t2v_1.3B", "wan2.1_t2v_1.3B_bf16.safetensors", "wan2.1-t2v-1.3b", _WAN_1_3B),
-        Published("wan2.1_t2v_14B__wan2.2_t2v_A14B", "wan2.1_t2v_14B_bf16.safetensors", "wan2.1-t2v-14b", {}),
+        Published(_WAN_T2V_14B, "wan2.1_t2v_14B_bf16.safetensors", "wan2.1-t2v-14b", {}),
+        Published("wan2.1_i2v_14B", "wan2.1_i2v_480p_14B_fp16.safetensors", "wan2.1-i2v-14b", _WAN_I2V),
+        Published(_WAN_T2V_14B, "wan2.2_t2v_high_noise_14B_fp16.safetensors", "wan2.2-t2v-a14b", {}),
+        Published("wan2.2_i2v_A14B", "wan2.2_i2v_low_noise_14B_fp16.safetensors", "wan2.2-i2v-a14b", {"in_channels": 36}),
+        Published("wan2.2_ti2v_5B", "wan2.2_ti2v_5B_fp16.safetensors", "wan2.2-ti2v-5b", _WAN_5B),
     ),
     _wan,
-    {"wan2.1": ("vae_wan2.1", {"base_dim": 4, "z_dim": 16})},
+    {
+        "wan2.1": ("vae_wan2.1", {"base_dim": 4, "z_dim": 16}),
+        "wan2.2": (
+            "vae_wan2.2",
+            {
+                "base_dim": 4,
+                "decoder_base_dim": 4,
+                "z_dim": 48,
+                "is_residual": True,
+                "in_channels": 12,
+                "out_channels": 12,
+                "patch_size": 2,
+                "scale_factor_spatial": 16,
+                "temperal_downsample": [False, True, True],
+            },
+        ),
+    },
+)
+
+# LTX-Video
+
+_LTX_COMMON = {"cross_attention_dim": 2048, "attention_head_dim": 64, "num_layers": 28}
+_LTX_13B = {"cross_attention_dim": 4096, "attention_head_dim": 128, "num_layers": 48}
+_LTX_CAUSAL = {"causal_temporal_positioning": True}
+_LTX_HEADER = {"transformer": _LTX_CAUSAL}
+_LTX_DISTILLED = _LTX_HEADER | {"allowed_inference_steps": [1.0, 0.9937]}
+_LTX_PADDED = {"encoder_padding": "zeros", "decoder_padding": "reflect"}
+
+
+def _ltx(variant: str) -> Config:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2, "caption_channels": 32}
+    return sizes | {"causal_temporal_positioning": variant != "ltxv-2b-0.9"}
+
+
+LTX = TinyFamily(
+    "LTXVideoTransformer3DModel",
+    (
+        Published(
+            "ltxv_2B",
+            "ltx-video-2b-v0.9.safetensors",
+            "ltxv-2b-0.9",
+            {"causal_temporal_positioning": False},
+            {"transformer": {"causal_temporal_positioning": False}},
+        ),
+        Published("ltxv_2B", "ltx-video-2b-v0.9.5.safetensors", "ltxv-2b-0.9.5", _LTX_CAUSAL, _LTX_HEADER),
+        Published("ltxv_2B", "ltxv-2b-0.9.8-distilled.safetensors", "ltxv-2b-distilled", _LTX_CAUSAL, _LTX_DISTILLED),
+        Published("ltxv_13B", "ltxv-13b-0.9.7-dev.safetensors", "ltxv-13b", _LTX_13B | _LTX_CAUSAL, _LTX_HEADER),
+        Published("ltxv_13B", "ltxv-13b-0.9.8-distilled.safetensors", "ltxv-13b-distilled", _LTX_13B | _LTX_CAUSAL, _LTX_DISTILLED),
+    ),
+    _ltx,
+    {
+        "ltx-0.9": (
+            "vae_ltx_0.9",
+            _LTX_PADDED
+            | {
+                "block_out_channels": (8, 16, 32, 32),
+                "layers_per_block": (1, 1, 1, 1, 1),
+                "decoder_block_out_channels": (8, 16, 32, 32),
+                "decoder_layers_per_block": (1, 1, 1, 1, 1),
+            },
+        ),
+        "ltx-0.9.1": (
+            "vae_ltx_0.9.1",
+            _LTX_PADDED
+            | {
+                "block_out_channels": (8, 16, 32, 32),
+                "layers_per_block": (1, 1, 1, 1, 1),
+                "decoder_block_out_channels": (16, 16, 16),
+                "decoder_layers_per_block": (1, 1, 1, 1),
+                "decoder_spatio_temporal_scaling": (True, True, True),
+                "decoder_inject_noise": (True, False, True, False),
+                "upsample_residual": (True, True, True),
+                "upsample_factor": (2, 1, 1),
+                "timestep_conditioning": True,
+            },
+        ),
+        "ltx-0.9.5": (
+            "vae_ltx_0.9.5",
+            _LTX_PADDED
+            | {
+                "block_out_channels": (16, 32, 32, 32, 32),
+                "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+                "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+                "layers_per_block": (1, 1, 1, 1, 1),
+                "spatio_temporal_scaling": (True,) * 4,
+                "decoder_block_out_channels": (16, 16, 32),
+                "decoder_layers_per_block": (1, 1, 1, 1),
+                "decoder_spatio_temporal_scaling": (True, True, True),
+                "decoder_inject_noise": (False, False, False, False),
+                "upsample_residual": (True, True, True),
+                "upsample_factor": (1, 1, 2),
+                "timestep_conditioning": True,
+            },
+        ),
+    },
+)
+
+# HunyuanVideo
+
+_HUNYUAN: Mapping[str, Config] = {
+    "hunyuan-t2v": {},
+    "hunyuan-i2v-v1": {"in_channels": 33, "guidance_embeds": False, "image_condition_type": "latent_concat"},
+    "hunyuan-i2v-v2": {"image_condition_type": "token_replace"},
+}
+_HUNYUAN_SIZES = {"num_attention_heads": 1, "num_layers": 2, "num_single_layers": 2, "text_embed_dim": 32, "pooled_projection_dim": 16}
+
+
+def _hunyuan(variant: str) -> Config:
+    return _HUNYUAN_SIZES | _HUNYUAN[variant]
+
+
+HUNYUAN = TinyFamily(
+    "HunyuanVideoTransformer3DModel",
+    tuple(
+        Published(keys, f"hunyuan_video_{name}.safetensors", variant, _HUNYUAN[variant])
+        for keys, name, variant in (
+            ("hunyuan_video_t2v__i2v_v2", "t2v_720p_bf16", "hunyuan-t2v"),
+            ("hunyuan_video_i2v_v1", "image_to_video_720p_bf16", "hunyuan-i2v-v1"),
+            ("hunyuan_video_t2v__i2v_v2", "v2_replace_image_to_video_720p_bf16", "hunyuan-i2v-v2"),
+        )
+    ),
+    _hunyuan,
+    {"hunyuan": ("vae_hunyuan_video", {"block_out_channels": (32, 32, 64, 64)})},
+    pooled_dim=16,
 )
 
 # Mochi
@@ -102,7 +238,7 @@ MOCHI = TinyFamily(
     {"mochi": ("vae_mochi", _MOCHI_CHANNELS)},
 )
 
-TINY: Mapping[str, TinyFamily] = {"wan": WAN, "mochi": MOCHI}
+TINY: Mapping[str, TinyFamily] = {"wan": WAN, "ltx": LTX, "hunyuan": HUNYUAN, "mochi": MOCHI}
 
 
 # Models

@@ -84,7 +84,7 @@ def test_ids_are_of_one_family_each() -> None:
 
 @of_every_published
 def test_detection_and_the_whole_config(tmp_path: Path, family: Family, published: Published) -> None:
-    path = write_header_only(tmp_path / published.file_name, entries(shapes_of(published.keys), torch.bfloat16))
+    path = write_header_only(tmp_path / published.file_name, entries(shapes_of(published.keys), torch.bfloat16), published.metadata)
     checkpoint = Checkpoint.open(path)
     detection = detect(checkpoint)
     assert (detection.family, detection.variant.id) == (family, published.variant)
