@@ -9,21 +9,23 @@ from dataclasses import dataclass
 
 import torch
 
+from .conditions import clip_conditions, clip_text, draws_first_frame, first_frame_probability
 from .data.encoded import Encoded, EncodedItem
 from .data.order import MicroBatch, Order
-from .family import Family, TextBatch, TextRecord
+from .family import Conditions, Family, TextBatch, Variant
 from .flow import draw_sample
 from .job import Job
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: clean latents and noise (B, C, F, H, W), noise levels (B,), captions."""
+    """One forward pass: clean latents and noise (B, C, F, H, W), noise levels (B,), captions, and what else is given."""
 
     clean_BCFHW: torch.Tensor
     noise_BCFHW: torch.Tensor
     sigma_B: torch.Tensor
     text: TextBatch
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Samples:
 
     job: Job
     family: Family
+    variant: Variant
     encoded: Encoded
     items: tuple[EncodedItem, ...]
     order: Order
@@ -39,7 +42,9 @@ class Samples:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, job: Job, family: Family, encoded: Encoded, processes: int, device: torch.device, dtype: torch.dtype) -> Samples:
+    def of(
+        cls, job: Job, family: Family, variant: Variant, encoded: Encoded, processes: int, device: torch.device, dtype: torch.dtype
+    ) -> Samples:
         items = tuple(item for item in encoded.items if not item.held_out)
         order = Order(
             [(item.num_frames, item.height, item.width) for item in items],
@@ -48,7 +53,7 @@ class Samples:
             job.accumulation * processes,
             job.seed,
         )
-        return cls(job, family, encoded, items, order, device, dtype)
+        return cls(job, family, variant, encoded, items, order, device, dtype)
 
     @property
     def total_steps(self) -> int:
@@ -65,13 +70,17 @@ class Samples:
             draw_sample(self.job.noise, self.job.caption_dropout, self.job.seed, step, micro.first + i, tuple(clean.shape[1:]), sigmas)  # type: ignore[arg-type]
             for i in range(len(items))
         ]
-        texts = [self._text("" if draw.drop_caption else None, item) for draw, item in zip(draws, items, strict=True)]
+        texts = [clip_text(self.encoded, item, draw.drop_caption) for draw, item in zip(draws, items, strict=True)]
+        clean = clean.to(self.device)
         return Batch(
-            clean.to(self.device),
+            clean,
             torch.stack([draw.noise_CFHW for draw in draws]).to(self.device),
             torch.tensor([draw.sigma for draw in draws], dtype=torch.float32, device=self.device),
             self.family.collate_text(texts, self.device, self.dtype),
+            self._conditions(step, micro, items, clean),
         )
 
-    def _text(self, instead: str | None, item: EncodedItem) -> TextRecord:
-        return self.encoded.text(item.text if instead is None else self.encoded.prompts[instead])
+    def _conditions(self, step: int, micro: MicroBatch, items: list[EncodedItem], clean_BCFHW: torch.Tensor) -> Conditions:
+        probability = first_frame_probability(self.job, self.family.first_frame(self.variant))
+        keep = [draws_first_frame(probability, self.job.seed, step, micro.first + i) for i in range(len(items))]
+        return clip_conditions(self.job, self.family, self.variant, self.encoded, items, clean_BCFHW, keep)

@@ -1,49 +1,29 @@
 """From clips and captions to the encoded data set that a job trains on.
 
-Only what the cache lacks is encoded, and a model that has nothing to encode is never loaded. Text comes first, then video,
-so that one model is in memory at a time; frames are decoded in a thread while the model works on the window before.
+Only what the cache lacks is encoded, and a model that has nothing to encode is never loaded (see `encoding`).
 
 Shape suffixes: B batch, C channels, F frames, H and W pixels (or latent height and width), L text tokens, D text width.
 """
 
 from __future__ import annotations
 
-import errno
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from .data.buckets import Geometry, Plan, Window, plan_windows
 from .data.cache import Cache
-from .data.captions import shown
-from .data.encoded import Encoded, EncodedItem
-from .data.scan import NOT_ABOUT_THE_FILE, Dataset, Progress, Rejected, unexpected
-from .data.video import read_window
-from .errors import DatasetError, MissingPackage, Problem
-from .family import LatentSpec, TextRecord
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-
-class Cancelled(Exception):
-    """The user asked to stop. An encoder may raise it too, in the middle of a window."""
-
-
-_NOT_ABOUT_THE_FILE: tuple[type[Exception], ...] = (*NOT_ABOUT_THE_FILE, Cancelled, getattr(torch, "AcceleratorError", MissingPackage))
-"""The last (torch >= 2.8): a device that has failed fails for every file after."""
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-_AHEAD = 2
-"""Windows decoded while the model works; each is held as bytes at its final size."""
+from .data.encoded import Encoded, EncodedImage, EncodedItem
+from .data.scan import Clip, Dataset, Progress, Rejected
+from .data.video import probe
+from .encoding import Cancelled as Cancelled
+from .encoding import Keys, Shot, Work, entries
+from .encoding import pixels_from_frames as pixels_from_frames
+from .errors import DatasetError, Problem
+from .family import FIRST_FRAME, IMAGE_TEXT, LATENTS, LatentSpec, TextRecord
 
 
 class Encoder(Protocol):
@@ -57,6 +37,8 @@ class Encoder(Protocol):
     latent: LatentSpec
     negative: str
     """The negative prompt that sampling uses by default."""
+    required: frozenset[str]
+    """What is encoded of each window (see `Family.required`)."""
 
     @property
     def identity_vae(self) -> str: ...
@@ -64,11 +46,30 @@ class Encoder(Protocol):
     @property
     def identity_text(self) -> str: ...
 
+    @property
+    def identity_image(self) -> str:
+        """Of what looks at first frames; only asked for variants that require IMAGE_EMBEDS or IMAGE_TEXT."""
+
     def encode_video(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
         """Normalised float32 latents_BCFHW on the CPU, of pixels in [-1, 1]."""
 
-    def encode_text(self, prompts: Sequence[str]) -> list[TextRecord]:
-        """One unpadded record for each prompt, on the CPU."""
+    def encode_text(self, prompts: Sequence[str], image_HWC: torch.Tensor | None = None) -> list[TextRecord]:
+        """One unpadded record for each prompt, on the CPU; for IMAGE_TEXT together with a first frame in 0..1."""
+
+    def encode_image(self, image_HWC: torch.Tensor) -> torch.Tensor:
+        """IMAGE_EMBEDS (rows, width) of a first frame in 0..1, on the CPU."""
+
+
+@dataclass(frozen=True)
+class FirstFrames:
+    """The images that previews start from: for each prompt the path of one, or None. `negative` as in a job's previews."""
+
+    prompts: tuple[str, ...]
+    images: tuple[Path | None, ...]
+    negative: str
+    num_frames: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,29 @@ class EncodeReport:
     texts_new: int
     texts_cached: int
     rejected: tuple[Rejected, ...]
+    first_frames_new: int = 0
+    first_frames_cached: int = 0
+
+    @classmethod
+    def of(cls, work: Work, encoded: Encoded | None, rejected: tuple[Rejected, ...]) -> EncodeReport:
+        there, new = work.there, work.new
+        frames_new, frames_cached = (counts.total() - counts[LATENTS] - counts[IMAGE_TEXT] for counts in (new, there))
+        return cls(
+            encoded,
+            new[LATENTS],
+            there[LATENTS],
+            new[IMAGE_TEXT],
+            there[IMAGE_TEXT],
+            (*rejected, *work.rejected),
+            frames_new,
+            frames_cached,
+        )
 
     def __str__(self) -> str:
         done = f"clips: {self.latents_new} encoded, {self.latents_cached} already there; "
         done += f"texts: {self.texts_new} encoded, {self.texts_cached} already there"
+        if self.first_frames_new or self.first_frames_cached:
+            done += f"; first frames: {self.first_frames_new} encoded, {self.first_frames_cached} already there"
         return done if self.encoded else f"cancelled; {done}"
 
 
@@ -95,6 +115,7 @@ def encode_dataset(
     folder: Path | str,
     *,
     prompts: Sequence[str] = (),
+    first_frames: FirstFrames | None = None,
     cache: Cache | None = None,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -102,26 +123,31 @@ def encode_dataset(
     """Encode what the cache lacks and write `<folder>/encoded.json`.
 
     `prompts` are texts that no clip has, such as those of previews; "" and the encoder's negative prompt are always among
-    them. `cache`: `<folder>/cache` by default. A clip that cannot be decoded is rejected with its reason and the rest goes on.
-    `cancelled` is asked before each window and text.
+    them. Where captions are encoded together with first frames, prompts are encoded with the `first_frames` of previews
+    only. `cache`: `<folder>/cache` by default. A clip that cannot be decoded is rejected with its reason and the rest goes
+    on. `cancelled` is asked before each window and text.
 
-    Raises DatasetError when the geometry breaks the model's rules or no clip can be used.
+    Raises DatasetError when the geometry breaks the model's rules, no clip can be used or an image cannot be read.
     """
     plan = plan_windows(dataset, geometry, encoder.latent)
+    images = preview_shots(encoder, first_frames)
     folder = Path(folder).expanduser().absolute()
-    work = _Work(encoder, cache or Cache(folder / "cache"), progress, cancelled)
-    asked = needed_texts(encoder.negative, prompts)
+    work = Work(encoder, cache or Cache(folder / "cache"), progress, cancelled)
+    clips = dataset_shots(encoder, plan)
+    asked = needed_texts(encoder, prompts)
     try:
-        texts = work.encode_texts(needed_texts(encoder.negative, prompts, plan))
-        items = tuple(work.encode_windows(plan.windows, texts))
+        texts = work.texts(needed_texts(encoder, prompts, plan))
+        keys = work.shots([*clips, *images])
     except Cancelled:
-        return work.report(None, plan.rejected)
+        return EncodeReport.of(work, None, plan.rejected)
+    items = tuple(_item(shot.window, found, texts) for shot, found in zip(clips, keys, strict=False) if found is not None)
+    first = _encoded_images(images, keys[len(clips) :], work)
     if not items:
         raise DatasetError([item.problem for item in work.rejected[:20]], subject="No clip could be encoded")
-    keys = {prompt: texts[prompt] for prompt in asked}
-    encoded = Encoded(folder, encoder.family_id, encoder.variant_id, items, keys, work.cache)
+    chosen = {prompt: texts[prompt] for prompt in asked}
+    encoded = Encoded(folder, encoder.family_id, encoder.variant_id, items, chosen, work.cache, first)
     encoded.save()
-    return work.report(encoded, plan.rejected)
+    return EncodeReport.of(work, encoded, plan.rejected)
 
 
 def encode_prompts(
@@ -130,18 +156,61 @@ def encode_prompts(
     cache: Cache,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
-) -> dict[str, str] | None:
-    """{prompt: its key}, all of them cached, with "" and the encoder's negative prompt; None when it was cancelled."""
+    first_frames: FirstFrames | None = None,
+) -> tuple[dict[str, str], tuple[EncodedImage, ...]] | None:
+    """({prompt: its key}, first frames), all of them cached, with "" and the encoder's negative prompt; None when cancelled.
+
+    Raises DatasetError for an image that cannot be read.
+    """
+    work, images = Work(encoder, cache, progress, cancelled), preview_shots(encoder, first_frames)
     try:
-        return _Work(encoder, cache, progress, cancelled).encode_texts(needed_texts(encoder.negative, prompts))
+        return work.texts(needed_texts(encoder, prompts)), _encoded_images(images, work.shots(images), work)
     except Cancelled:
         return None
 
 
-def needed_texts(negative: str, prompts: Sequence[str], plan: Plan | None = None) -> tuple[str, ...]:
-    """What is encoded as text, each once: "", the negative prompt, `prompts`, and the captions of the planned windows."""
+def needed_texts(encoder: Encoder, prompts: Sequence[str], plan: Plan | None = None) -> tuple[str, ...]:
+    """What is encoded as text alone, each once: "", the negative prompt, `prompts`, and the captions of the planned windows.
+
+    Nothing for variants that read every text together with a first frame.
+    """
+    if IMAGE_TEXT in encoder.required:
+        return ()
     captions = [window.clip.caption for window in plan.windows] if plan else []
-    return tuple(dict.fromkeys(("", negative, *prompts, *captions)))
+    return tuple(dict.fromkeys(("", encoder.negative, *prompts, *captions)))
+
+
+def dataset_shots(encoder: Encoder, plan: Plan) -> list[Shot]:
+    """What is encoded of the windows of a data set; with IMAGE_TEXT also the caption that is dropped, once for each."""
+    return [Shot(window, encoder.required, (window.clip.caption, "")) for window in plan.windows]
+
+
+def preview_shots(encoder: Encoder, first_frames: FirstFrames | None) -> list[Shot]:
+    """What is encoded of the images of previews: what the variant requires, and always the first frame alone.
+
+    Raises DatasetError with every image that cannot be read.
+    """
+    if first_frames is None:
+        return []
+    kinds = encoder.required - {LATENTS} | {FIRST_FRAME}
+    shots, problems = [], []
+    for prompt, path in zip(first_frames.prompts, first_frames.images, strict=True):
+        try:
+            if path is not None:
+                window = _image_window(path, prompt, first_frames, encoder.latent.fps)
+                shots.append(Shot(window, kinds, (prompt, first_frames.negative)))
+        except (DatasetError, OSError) as error:
+            told = error.problems[0].value if isinstance(error, DatasetError) else f"it cannot be read ({error.strerror})"
+            problems.append(Problem(f"{path}: {told}", "a preview starts from an image", "Give a picture file, such as a PNG."))
+    if problems:
+        raise DatasetError(problems, subject="The images of the previews")
+    return shots
+
+
+def _image_window(path: Path, prompt: str, first_frames: FirstFrames, fps: float) -> Window:
+    path = path.expanduser().absolute()
+    clip = Clip(str(path), path.name, prompt, probe(path))
+    return Window(clip, 0.0, first_frames.num_frames, first_frames.height, first_frames.width, fps)
 
 
 def all_texts_cached(prompts: Sequence[str], identity_text: str, cache: Cache) -> bool:
@@ -149,136 +218,27 @@ def all_texts_cached(prompts: Sequence[str], identity_text: str, cache: Cache) -
     return all(cache.has_text(Cache.text_key(prompt, identity_text)) for prompt in prompts)
 
 
-def all_latents_cached(plan: Plan, identity_vae: str, cache: Cache) -> bool:
-    """Whether no VAE is needed for these windows. Reads clips that were never read, to know their content."""
+def all_shots_cached(shots: Sequence[Shot], kinds: frozenset[str], encoder: Encoder, cache: Cache) -> bool:
+    """Whether nothing of `kinds` is to be made (see `encoding`: TEXT_KINDS, IMAGE_KINDS, VAE_KINDS).
 
-    def is_cached(window: Window) -> bool:
+    Reads clips that were never read, to know their content; asks the encoder for the identities of these kinds only.
+    """
+
+    def is_cached(shot: Shot) -> bool:
         try:
-            return cache.has_latents(_latents_key(window, identity_vae, cache))
+            return all(cache.has(entry.kind, entry.key) for entry in entries(shot, kinds, encoder, cache))
         except OSError:
             return True  # a clip that cannot be read will be rejected: nothing of it is encoded
 
-    return all(is_cached(window) for window in plan.windows)
+    return all(is_cached(shot) for shot in shots)
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """A window with its key, and its frames if the cache lacks its latents."""
-
-    key: str
-    frames_FHWC: NDArray[np.uint8] | None
-
-
-class _Work:
-    """One run of `encode_dataset`, with its counts."""
-
-    def __init__(self, encoder: Encoder, cache: Cache, progress: Progress | None, cancelled: Callable[[], bool] | None) -> None:
-        self.encoder = encoder
-        self.cache = cache
-        self.rejected: list[Rejected] = []
-        self._progress = progress or (lambda *_: None)
-        self._cancelled = cancelled or (lambda: False)
-        self._new = {"latents": 0, "texts": 0}
-        self._there = {"latents": 0, "texts": 0}
-
-    def encode_texts(self, prompts: Sequence[str]) -> dict[str, str]:
-        """{prompt: its key}, all of them cached."""
-        keys = {prompt: Cache.text_key(prompt, self.encoder.identity_text) for prompt in prompts}
-        missing = [prompt for prompt, key in keys.items() if not self.cache.has_text(key)]
-        self._there["texts"] = len(keys) - len(missing)
-        for done, prompt in enumerate(missing):
-            self._stop_if_asked()
-            self.cache.write_text(keys[prompt], _checked_text(self.encoder.encode_text([prompt])[0], prompt))
-            self._new["texts"] += 1
-            self._progress(done + 1, len(missing), "encoding captions")
-        return keys
-
-    def encode_windows(self, windows: Sequence[Window], texts: dict[str, str]) -> Iterator[EncodedItem]:
-        """An item for every window that can be decoded, its latents cached."""
-        identity = self.encoder.identity_vae
-        with closing(_ahead(lambda window: self._decode(window, identity), windows)) as ahead:
-            for done, (window, decoded) in enumerate(ahead):
-                self._stop_if_asked()
-                if key := self._latents(window, decoded):
-                    yield _item(window, key, texts[window.clip.caption])
-                self._progress(done + 1, len(windows), "encoding clips")
-
-    def report(self, encoded: Encoded | None, rejected: tuple[Rejected, ...]) -> EncodeReport:
-        there, new = self._there, self._new
-        return EncodeReport(encoded, new["latents"], there["latents"], new["texts"], there["texts"], (*rejected, *self.rejected))
-
-    def _stop_if_asked(self) -> None:
-        if self._cancelled():
-            raise Cancelled
-
-    def _decode(self, window: Window, identity: str) -> _Decoded:
-        """Runs in the thread."""
-        key = _latents_key(window, identity, self.cache)
-        if self.cache.has_latents(key):
-            return _Decoded(key, None)
-        size = window.height, window.width
-        return _Decoded(key, read_window(Path(window.clip.path), window.start_seconds, window.num_frames, window.fps, size))
-
-    def _latents(self, window: Window, future: Future[_Decoded]) -> str | None:
-        """The key of the window's latents, which are cached; None when the window was rejected."""
-        try:
-            decoded = future.result()
-            latents_CFHW = self._encode(window, decoded)
-        except _NOT_ABOUT_THE_FILE:
-            raise
-        except Exception as error:  # decoders and models fail in many ways, and one bad file never stops the rest
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                raise
-            self.rejected.append(Rejected(shown(window.clip.name), _problem(error, window)))
-            return None
-        if latents_CFHW is None:
-            self._there["latents"] += 1
-        else:
-            self.cache.write_latents(decoded.key, latents_CFHW)
-            self._new["latents"] += 1
-        return decoded.key
-
-    def _encode(self, window: Window, decoded: _Decoded) -> torch.Tensor | None:
-        """The window's latents_CFHW; None when they are cached."""
-        if decoded.frames_FHWC is None or self.cache.has_latents(decoded.key):
-            return None
-        latents_BCFHW = self.encoder.encode_video(pixels_from_frames(decoded.frames_FHWC))
-        return _checked_latents(latents_BCFHW[0], window, self.encoder.latent)
-
-
-def _latents_key(window: Window, identity_vae: str, cache: Cache) -> str:
-    """The key of a window's latents. Raises OSError when its file cannot be read."""
-    fps = 0.0 if window.clip.kind == "image" else window.fps  # a still is the same at every rate
-    file_hash = cache.file_hash(Path(window.clip.path))
-    return Cache.latents_key(file_hash, window.start_seconds, window.num_frames, fps, window.height, window.width, identity_vae)
-
-
-def pixels_from_frames(frames_FHWC: NDArray[np.uint8]) -> torch.Tensor:
-    """float32 pixels_BCFHW in [-1, 1] (B = 1) of uint8 frames."""
-    pixels_CFHW = torch.from_numpy(frames_FHWC).permute(3, 0, 1, 2)
-    return (pixels_CFHW.float() / 127.5 - 1.0).unsqueeze(0)
-
-
-def _ahead(decode: Callable[[Window], _Decoded], windows: Sequence[Window]) -> Generator[tuple[Window, Future[_Decoded]], None, None]:
-    """Each window with its decoding, which a thread has begun while the ones before are used."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
-    started: deque[tuple[Window, Future[_Decoded]]] = deque()
-    try:
-        for window in windows:
-            started.append((window, pool.submit(decode, window)))
-            if len(started) > _AHEAD:
-                yield started.popleft()
-        while started:
-            yield started.popleft()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _item(window: Window, latents_key: str, text_key: str) -> EncodedItem:
+def _item(window: Window, keys: Keys, texts: dict[str, str]) -> EncodedItem:
     clip = window.clip
+    text = keys.get((IMAGE_TEXT, clip.caption))
     return EncodedItem(
-        latents=latents_key,
-        text=text_key,
+        latents=keys[LATENTS, ""],
+        text=text or texts[clip.caption],
         caption=clip.caption,
         source=clip.name,
         start_seconds=window.start_seconds,
@@ -288,31 +248,25 @@ def _item(window: Window, latents_key: str, text_key: str) -> EncodedItem:
         fps=window.fps,
         repeats=clip.repeats,
         held_out=clip.held_out,
+        extras=_extras(keys),
+        text_without_caption=keys.get((IMAGE_TEXT, "")),
     )
 
 
-def _problem(error: Exception, window: Window) -> Problem:
-    """Why a window could not be encoded."""
-    if isinstance(error, DatasetError):
-        return error.problems[0]
-    if isinstance(error, OSError):
-        return Problem(f"it cannot be read ({error.strerror})", "files must stay while they are encoded", "Check the file.")
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error).lower():  # the CPU's is a RuntimeError
-        return unexpected(error)
-    value = f"no memory for {window.num_frames} frames of {window.width} x {window.height}"
-    return Problem(value, "the VAE encodes a window at once", "Ask for fewer frames or a smaller size, or use --device cpu.")
+def _extras(keys: Keys) -> dict[str, str]:
+    return {kind: key for (kind, _), key in keys.items() if kind not in (LATENTS, IMAGE_TEXT)}
 
 
-def _checked_latents(latents_CFHW: torch.Tensor, window: Window, spec: LatentSpec) -> torch.Tensor:
-    expected = spec.shape(window.num_frames, window.height, window.width)
-    assert tuple(latents_CFHW.shape) == expected, f"the VAE gave {tuple(latents_CFHW.shape)}, not {expected}"
-    if not latents_CFHW.isfinite().all():
-        raise DatasetError(Problem("its latents are not finite", "training needs numbers", "Check the VAE: another file, or in float32."))
-    return latents_CFHW
-
-
-def _checked_text(record: TextRecord, prompt: str) -> TextRecord:
-    if not record.embeds_LD.isfinite().all():
-        value = f"the encoding of {shown(prompt)[:60]!r} is not finite"
-        raise DatasetError(Problem(value, "training needs numbers", "Check the text encoder: another file, or in bfloat16."))
-    return record
+def _encoded_images(shots: Sequence[Shot], keys: Sequence[Keys | None], work: Work) -> tuple[EncodedImage, ...]:
+    """The images of previews, each once with all its texts. Raises DatasetError for one that was rejected."""
+    if any(found is None for found in keys):
+        names = {shot.window.clip.name for shot in shots}
+        raise DatasetError([item.problem for item in work.rejected if item.name in names], subject="The images of the previews")
+    images: dict[str, EncodedImage] = {}
+    for shot, found in zip(shots, keys, strict=True):
+        window, name = shot.window, shot.window.clip.name
+        assert found is not None
+        texts = dict(images[name].texts) if name in images else {}
+        texts |= {text: key for (kind, text), key in found.items() if kind == IMAGE_TEXT}
+        images[name] = EncodedImage(name, window.num_frames, window.height, window.width, _extras(found), texts)
+    return tuple(images.values())

@@ -1,4 +1,8 @@
-"""The loss on held-out clips, at noise and noise levels that never change: a curve that can be compared over a run."""
+"""The loss on held-out clips, at noise and noise levels that never change: a curve that can be compared over a run.
+
+Where clips are trained with their first frame for a share of the time, that share of the clips keeps it, spread evenly over
+their list, and always the same ones.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .batches import Batch
+from .conditions import clip_conditions, clip_text, first_frame_probability, spread_first_frames
 from .data.encoded import Encoded, EncodedItem
 from .experts import Expert
 from .family import Family, Variant
@@ -50,10 +55,13 @@ class HeldOut:
 
     def _loss_at(self, sigma: float, transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> float:
         total = 0.0
-        for item in self.items:
+        probability = first_frame_probability(self.job, self.family.first_frame(self.variant))
+        for item, keep in zip(self.items, spread_first_frames(probability, len(self.items)), strict=True):
             clean = self.encoded.latents_CFHW(item)[None]
             noise = torch.randn(clean.shape, generator=generator(self.job.seed, "held_out", item.latents, sigma))
-            text = self.family.collate_text([self.encoded.text(item.text)], device, dtype)
-            batch = Batch(clean.to(device), noise.to(device), torch.full((1,), sigma, device=device), text)
+            text = self.family.collate_text([clip_text(self.encoded, item, without_caption=False)], device, dtype)
+            clean = clean.to(device)
+            conditions = clip_conditions(self.job, self.family, self.variant, self.encoded, [item], clean, [keep])
+            batch = Batch(clean, noise.to(device), torch.full((1,), sigma, device=device), text, conditions)
             total += batch_loss(self.family, self.variant, transformer, batch).item()
         return total / len(self.items)

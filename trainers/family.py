@@ -159,11 +159,12 @@ class TextBatch:
     pooled_BD: torch.Tensor | None = None
 
 
+LATENTS = "latents"
 FIRST_FRAME = "first_frame"
 FIRST_FRAME_CLIP = "first_frame_clip"
 IMAGE_EMBEDS = "image_embeds"
 IMAGE_TEXT = "image_text"
-"""What `Family.required` may name besides "latents": the latents of the first frame encoded alone (C, 1, H, W); those of a
+"""What `Family.required` may name besides LATENTS: the latents of the first frame encoded alone (C, 1, H, W); those of a
 clip of the first frame and then mid-grey (C, F, H, W); the image encoder's rows for the first frame (rows, width); captions
 encoded together with the first frame (then there is one text for each window, not for each caption)."""
 
@@ -332,7 +333,10 @@ class Family(Protocol):
 
 
 class TextFolder(Protocol):
-    """The text and image encoders of a diffusers folder, loaded when they are first asked for, one in memory at a time."""
+    """The text and image encoders of a diffusers folder, loaded when they are first asked for.
+
+    One kind is in memory at a time: the text encoders with their tokenizers, or the image encoder.
+    """
 
     def tokenizer(self, number: int = 1) -> Any:
         """`tokenizer`, or `tokenizer_2`."""

@@ -1,4 +1,4 @@
-"""The encoder of the command line: a text encoder and a VAE from files, one of them in memory at a time."""
+"""The encoder of the command line: text encoders, an image encoder and a VAE from files, one kind of them in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,33 +14,41 @@ import torch
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, Problem
-from .family import Family, LatentSpec, TextRecord, Variant, detect_vae
+from .family import IMAGE_EMBEDS, IMAGE_TEXT, Family, LatentSpec, TextRecord, Variant, detect_vae
 
 _TOKENIZER_FILES = ("*.json", "*.model", "*.txt")
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_ALWAYS = ("vae", "text_encoder", "tokenizer")
+
+
+def needed_parts(family: Family, variant: Variant) -> tuple[str, ...]:
+    """The parts of a diffusers folder that a variant's clips and captions are encoded with, by their names there."""
+    required = family.required(variant)
+    second = ("text_encoder_2", "tokenizer_2") if family.comfyui(variant).text_encoders > 1 else ()
+    encoder = ("image_encoder",) if IMAGE_EMBEDS in required else ()
+    processor = ("image_processor",) if required & {IMAGE_EMBEDS, IMAGE_TEXT} else ()
+    return (*_ALWAYS, *second, *encoder, *processor)
 
 
 @dataclass(frozen=True)
 class EncoderFiles:
-    """Where the parts are: a VAE in any form (native file or folder), a text encoder and its tokenizer as folders."""
+    """Where the parts are: a VAE in any form (native file or folder), the others as folders. None: not needed."""
 
     vae: Path
     text_encoder: Path
     tokenizer: Path
+    text_encoder_2: Path | None = None
+    tokenizer_2: Path | None = None
+    image_encoder: Path | None = None
+    image_processor: Path | None = None
 
     @classmethod
-    def find(
-        cls,
-        base: Path | str | None = None,
-        vae: Path | str | None = None,
-        text_encoder: Path | str | None = None,
-        tokenizer: Path | str | None = None,
-    ) -> EncoderFiles:
-        """The parts of the diffusers folder `base`; each may be given by itself instead.
+    def find(cls, base: Path | str | None = None, needed: Sequence[str] = _ALWAYS, **given: Path | str | None) -> EncoderFiles:
+        """The `needed` parts (`needed_parts`) of the diffusers folder `base`; each may be given by itself instead.
 
         Raises CheckpointError with every part that is missing.
         """
-        given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        places = {name: _place(name, path, base) for name, path in given.items()}
+        places = {name: _place(name, given.get(name), base) for name in needed}
         problems = [problem for name, place in places.items() if (problem := _missing(name, place))]
         if problems:
             raise CheckpointError(problems, subject="The encoders")
@@ -67,8 +75,8 @@ def _missing(name: str, place: Path | None) -> Problem | None:
 class FolderEncoder:
     """An `Encoder` of files. Opening it reads headers; a model is loaded when it is first asked to encode.
 
-    The VAE runs in float32 on every device (its latents are what every step learns from; twice the memory of bfloat16),
-    the text encoder in bfloat16 on a CUDA card and as it is stored elsewhere. Nothing is looked for on the network.
+    The VAE runs in float32 on every device (its latents are what every step learns from; twice the memory of bfloat16), the
+    others in bfloat16 on a CUDA card and as they are stored elsewhere. Nothing is looked for on the network.
     """
 
     def __init__(self, family: Family, variant: Variant, files: EncoderFiles, device: str | torch.device = "auto") -> None:
@@ -76,12 +84,13 @@ class FolderEncoder:
         self.variant_id = variant.id
         self.latent: LatentSpec = family.latent(variant)
         self.negative = family.sampling(variant).negative
+        self.required = family.required(variant)
         self._family, self._variant = family, variant
         self._files = files
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
-        self._loaded: tuple[str, Any] = ("", None)
+        self._loaded: tuple[str, dict[str, Any]] = ("", {})
 
     @cached_property
     def identity_vae(self) -> str:
@@ -90,40 +99,67 @@ class FolderEncoder:
 
     @cached_property
     def identity_text(self) -> str:
-        checkpoint = Checkpoint.open(self._files.text_encoder, "text_encoder")
-        config = self._files.text_encoder / "config.json"
-        dtype = self._text_dtype()
-        return f"{self.family_id} {checkpoint.identity()} {_files_hash([config])} {_tokenizer_hash(self._files.tokenizer)} {dtype}"
+        files = self._files
+        identity = f"{self.family_id} {self._identity(files.text_encoder)} {_tokenizer_hash(files.tokenizer)} {self._dtype()}"
+        if files.text_encoder_2 and files.tokenizer_2:
+            identity += f" {self._identity(files.text_encoder_2)} {_tokenizer_hash(files.tokenizer_2)}"
+        return identity
+
+    @cached_property
+    def identity_image(self) -> str:
+        """Of the image encoder, where the variant has one by itself, and of how images are prepared."""
+        files = self._files
+        encoder = self._identity(files.image_encoder) if files.image_encoder else ""
+        assert files.image_processor is not None
+        return f"{self.family_id} {encoder} {_files_hash(sorted(files.image_processor.glob('*.json')))} {self._dtype()}"
+
+    def _identity(self, folder: Path) -> str:
+        return f"{Checkpoint.open(folder, 'text_encoder').identity()} {_files_hash([folder / 'config.json'])}"
 
     def encode_video(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
         """See Encoder."""
-        vae = self._model("vae")
+        vae = self._model("vae", "vae")
         return self._family.encode_video(vae, pixels_BCFHW.to(self._device)).float().cpu()
 
-    def encode_text(self, prompts: Sequence[str]) -> list[TextRecord]:
+    def encode_text(self, prompts: Sequence[str], image_HWC: torch.Tensor | None = None) -> list[TextRecord]:
         """See Encoder."""
-        return self._family.encode_text(self._variant, self, prompts)
+        return self._family.encode_text(self._variant, self, prompts, image_HWC)
+
+    def encode_image(self, image_HWC: torch.Tensor) -> torch.Tensor:
+        """See Encoder."""
+        return self._family.encode_image(self, image_HWC).cpu()
 
     def tokenizer(self, number: int = 1) -> Any:
         """See TextFolder."""
-        return self._model("text_encoder")[0]
+        return self._model("text", _numbered("tokenizer", number))
 
     def text_encoder(self, number: int = 1) -> Any:
         """See TextFolder."""
-        return self._model("text_encoder")[1]
+        return self._model("text", _numbered("text_encoder", number))
 
     def image_processor(self) -> Any:
-        raise NotImplementedError
+        """See TextFolder. No model: it is loaded anew with each kind that uses it."""
+        return self._model(self._loaded[0] if self._loaded[0] in ("text", "image") else "image", "image_processor")
 
     def image_encoder(self) -> Any:
-        raise NotImplementedError
+        """See TextFolder."""
+        return self._model("image", "image_encoder")
 
-    def _model(self, name: str) -> Any:
-        """The VAE, or (tokenizer, text encoder); whichever was loaded before makes room."""
-        if self._loaded[0] != name:
-            self._loaded = ("", None)
-            self._loaded = (name, self._load_vae() if name == "vae" else self._load_text_encoder())
-        return self._loaded[1]
+    def _model(self, kind: str, name: str) -> Any:
+        """A part; parts of another kind make room first."""
+        if self._loaded[0] != kind:
+            self._loaded = (kind, {})
+        parts = self._loaded[1]
+        if name not in parts:
+            parts[name] = self._load(name)
+        return parts[name]
+
+    def _load(self, name: str) -> Any:
+        if name == "vae":
+            return self._load_vae()
+        folder = getattr(self._files, name)
+        assert folder is not None, f"{self._variant.id} was said to need no {name}"
+        return _load_processor(folder, name) if "encoder" not in name else self._load_encoder(folder)
 
     def _load_vae(self) -> torch.nn.Module:
         from .load import load_vae
@@ -133,19 +169,46 @@ class FolderEncoder:
         vae: torch.nn.Module = load_vae(checkpoint, detection, self._device, torch.float32)
         return vae
 
-    def _text_dtype(self) -> torch.dtype | str:
+    def _dtype(self) -> torch.dtype | str:
         return torch.bfloat16 if self._device.type == "cuda" else "auto"
 
-    def _load_text_encoder(self) -> tuple[Any, torch.nn.Module]:
-        from transformers import AutoModelForTextEncoding, AutoTokenizer
+    def _load_encoder(self, folder: Path) -> torch.nn.Module:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the encoding has its own
-        local = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(self._files.tokenizer, **local)
-        model = AutoModelForTextEncoding.from_pretrained(self._files.text_encoder, dtype=self._text_dtype(), **local)
-        model = model.to(self._device).eval().requires_grad_(False)
-        return tokenizer, model
+        model: torch.nn.Module = _model_class(folder).from_pretrained(folder, dtype=self._dtype(), **_LOCAL)
+        return model.to(self._device).eval().requires_grad_(False)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}_{number}"
+
+
+def _load_processor(folder: Path, name: str) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    return (AutoImageProcessor if name == "image_processor" else AutoTokenizer).from_pretrained(folder, **_LOCAL)
+
+
+def _model_class(folder: Path) -> Any:
+    """The class of transformers for what a folder holds: the encoder alone where it knows one, else what config.json names.
+
+    Raises CheckpointError for a folder of another library's.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+    except (OSError, ValueError) as error:
+        value = f"{folder} is no model of transformers ({str(error).splitlines()[0]})"
+        raise CheckpointError(
+            Problem(value, "an encoder is a folder with its config.json", "Give the folder of a diffusers model.")
+        ) from None
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return transformers.AutoModelForTextEncoding
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    return next((found for found in named if found is not None), transformers.AutoModel)
 
 
 def _tokenizer_hash(folder: Path) -> str:

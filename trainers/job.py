@@ -146,6 +146,22 @@ class PreviewSpec(_Spec):
     """Also sample once before the first step."""
     clip_folder: str | None = None
     """Folder of a CLIP or SigLIP model (transformers' layout) that measures how well each video fits its prompt; None: not measured."""
+    images: tuple[str, ...] = ()
+    """What the videos start from, for models that can: a picture file for each prompt ("": none), or a single one for all.
+    They must be encoded together with the data set (`encode --image`)."""
+
+    def image_of(self, index: int) -> str:
+        """The path of what preview `index` starts from; "" for none."""
+        return self.images[index if len(self.images) > 1 else 0] if self.images else ""
+
+
+class FirstFrame(_Spec):
+    """Clips that keep their first frame: the model is given it and learns what follows."""
+
+    kind: Literal["first_frame"] = "first_frame"
+    """The kind of condition."""
+    probability: Fraction
+    """How often a clip keeps it."""
 
 
 class CheckpointSpec(_Spec):
@@ -203,6 +219,10 @@ class Job(_Spec):
     """Every draw is a function of this, the step and the sample."""
     caption_dropout: Fraction = 0.1
     """How often a sample is trained without its caption."""
+    conditions: Annotated[tuple[FirstFrame, ...], Field(max_length=1)] | None = None
+    """What samples are conditioned on besides text; None: as the model was trained."""
+    guidance: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    """What a guidance-distilled model is told while training; None: the family's own."""
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass: a third more time for a fraction of the memory."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -248,7 +268,8 @@ class Job(_Spec):
         if extends and (folder / extends.rpartition("@")[0] / "job.json").is_file():
             extends = absolute(extends)
         start = self.start.model_copy(update={"initial_lora": absolute(self.start.initial_lora), "extends": extends})
-        previews = self.previews.model_copy(update={"clip_folder": absolute(self.previews.clip_folder)})
+        images = tuple((absolute(path) or "") if path else "" for path in self.previews.images)
+        previews = self.previews.model_copy(update={"clip_folder": absolute(self.previews.clip_folder), "images": images})
         paths = {field: absolute(getattr(self, field)) for field in ("encoded", "runs_folder", "loras_folder")}
         return self.model_copy(update={"base": base, "start": start, "previews": previews, **paths})
 
@@ -259,10 +280,25 @@ class Job(_Spec):
     def hash(self) -> str:
         """Hash of what is trained: folders, the run's name and where the output goes do not count."""
         content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder", "encoded"})
+        for (*tables, field), unset in _LATER.items():
+            table = content[tables[0]] if tables else content
+            if table[field] == unset:
+                del table[field]
         content["base"] = {field: Path(value).name if value else None for field, value in content["base"].items()}
         if initial := self.start.initial_lora:
             content["start"]["initial_lora"] = Path(initial).name
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_LATER: dict[tuple[str, ...], Any] = {
+    ("conditions",): None,
+    ("guidance",): None,
+    ("experts",): ExpertsSpec().model_dump(mode="json"),
+    ("base", "transformer_low_noise"): None,
+    ("previews", "clip_folder"): None,
+    ("previews", "images"): [],
+}
+"""Fields that came after the first release, with what they are when they are not used: then a job keeps its hash."""
 
 
 def due(step: int, every_steps: int, last: bool) -> bool:

@@ -95,7 +95,7 @@ def make_plan(job: Job) -> Plan:
     check(job)
     detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
     encoded = Encoded.open(Path(job.encoded))
-    samples = Samples.of(job, detection.family, encoded, 1, torch.device("cpu"), torch.float32)
+    samples = Samples.of(job, detection.family, detection.variant, encoded, 1, torch.device("cpu"), torch.float32)
     spec = detection.family.latent(detection.variant)
     buckets = Counter((item.num_frames, item.height, item.width) for item in samples.items)
     adapters, parameters = _adapters(job, detection.family, detection.config)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .adherence import find_clip_problems
 from .checkpoint import Checkpoint
+from .condition_problems import clip_problems, condition_problems, preview_problems
 from .data.encoded import Encoded
 from .device import pick_device
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
@@ -17,7 +18,6 @@ from .job import Job, LoraSpec
 from .lora import dora_problem
 from .lora_description import describe
 from .optimizers import check_installed
-from .previews import negative_prompt
 from .run import Run, find_run
 
 
@@ -49,6 +49,7 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
         yield from _problems("encoded", error)
     if detection:
         yield from _dora_problems(job, detection.family)
+        yield from condition_problems(job, detection.family, detection.variant)
     yield from _setting_problems(job, started, detection.family if detection else None)
     if encoded:
         yield from _data_problems(job, encoded, detection)
@@ -110,13 +111,15 @@ def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> I
             "latents belong to one VAE",
             "Encode it again for this base.",
         )
+    elif detection:
+        yield from clip_problems(job, detection.family, detection.variant, encoded)
     yield from encoded.problems()
+    if job.caption_dropout and "" not in encoded.prompts and not all(item.text_without_caption for item in encoded.items):
+        yield Problem(f"caption_dropout is {job.caption_dropout}", 'the empty caption "" must be encoded', "Encode the data set again.")
     if not any(not item.held_out for item in encoded.items):
         yield Problem(
             "the data set has no clip to train on", "at least one clip must not be held out", "Add clips, or lower the held-out share."
         )
-    if job.caption_dropout and "" not in encoded.prompts:
-        yield Problem(f"caption_dropout is {job.caption_dropout}", 'the empty caption "" must be encoded', "Encode the data set again.")
 
 
 def _same_latents(variant_id: str, detection: Detection) -> bool:
@@ -144,11 +147,7 @@ def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -
     yield from detection.family.latent(detection.variant).problems(spec.num_frames, spec.height, spec.width)
     if spec.clip_folder is not None:
         yield from find_clip_problems("previews.clip_folder", Path(spec.clip_folder))
-    negative = negative_prompt(spec, detection.family, detection.variant)
-    for prompt in (*spec.prompts, negative):
-        if encoded and prompt not in encoded.prompts:
-            remedy = f'Encode again with --prompt "{prompt}".'
-            yield Problem(f"the preview prompt {prompt!r} is not encoded", "prompts are encoded with the data set", remedy)
+    yield from preview_problems(job, detection.family, detection.variant, encoded)
 
 
 def _check_device(job: Job) -> None:

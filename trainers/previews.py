@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .conditions import preview_conditions, preview_image, preview_text
 from .data.video_file import write_video
 from .family import Family, Variant, detect_vae
 from .job import PreviewSpec, due
@@ -49,7 +50,7 @@ class Previews:
         measures = PreviewMeasures(training.run, step, spec.clip_folder)
         try:
             for i in missing:
-                measures.add(paths[i].name, spec.prompts[i], self._write_one(paths[i], spec.prompts[i], spec.seed + i))
+                measures.add(paths[i].name, spec.prompts[i], self._write_one(paths[i], spec.prompts[i], spec.seed + i, i))
         except torch.OutOfMemoryError:
             told = f"no memory for a preview of {spec.num_frames} frames of {spec.width}x{spec.height}; training goes on without it"
             training.run.event("sample", step=step, files=[], message=told)
@@ -67,17 +68,18 @@ class Previews:
         if self.training.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _write_one(self, path: Path, prompt: str, seed: int) -> npt.NDArray[np.uint8]:
+    def _write_one(self, path: Path, prompt: str, seed: int, index: int) -> npt.NDArray[np.uint8]:
         training, spec = self.training, self.training.job.previews
         latent = training.family.latent(training.variant)
         tokens = latent.tokens(spec.num_frames, spec.height, spec.width)
         solver = Solver.of(training.family, training.variant, spec.sampling_steps, spec.shift, spec.cfg, tokens)
         noise = preview_noise(seed, latent.shape(spec.num_frames, spec.height, spec.width))[None].to(training.device)
-        text = training.encoded.text(training.encoded.prompts[prompt])
-        negative = training.encoded.text(training.encoded.prompts[negative_prompt(spec, training.family, training.variant)])
-        latents = sample_latents(
-            training.family, training.variant, training.transformer_at, noise, [text], negative, solver, training.dtype
-        )
+        image = preview_image(spec, training.encoded, index)
+        text = preview_text(training.encoded, image, prompt)
+        negative = preview_text(training.encoded, image, negative_prompt(spec, training.family, training.variant))
+        conditions = preview_conditions(training.family, training.variant, training.encoded, image, training.device)
+        both = (training.family, training.variant)
+        latents = sample_latents(*both, training.transformer_at, noise, [text], negative, solver, training.dtype, conditions=conditions)
         frames_FHWC = self._decode(latents)
         write_video(path, frames_FHWC, latent.fps)
         return frames_FHWC

@@ -111,7 +111,9 @@ def open_training(run: Run) -> Training:
     experts = experts_of(job, detection.variant)
     learners = tuple(_learner(expert, job, accelerator, DTYPES[precision], alone=len(experts) == 1) for expert in experts)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
-    samples = Samples.of(job, detection.family, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision])
+    samples = Samples.of(
+        job, detection.family, detection.variant, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision]
+    )
     training = Training(
         run=run,
         job=job,

@@ -196,7 +196,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_the_lora_is_spoilt(tmp_pa
 def test_a_preview_without_memory_is_told_and_training_goes_on(tmp_path, monkeypatch):
     run = Run.create(job_with_previews(tmp_path))
 
-    def no_memory(*_):
+    def no_memory(*_, **__):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(previews, "sample_latents", no_memory)

@@ -15,10 +15,12 @@ from .verbs import add_verb
 if TYPE_CHECKING:
     from ..data.buckets import Geometry
     from ..data.scan import Dataset
+    from ..encoders import FirstFrames
     from ..family import Family, Variant
     from .verbs import Verbs
 
 FORMS = ("native", "diffusers", "kohya")
+ENCODER_PARTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_encoder", "image_processor")
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -31,11 +33,8 @@ def add_verbs(verbs: Verbs) -> None:
     _add_data_options(parser)
     parser = add_verb(verbs, "encode", encode, "encode clips and captions for training; what is encoded already stays")
     _add_data_options(parser)
-    parser.add_argument("--vae", type=Path, metavar="FILE", help="the VAE, if not the one in --base")
-    parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="the text encoder's folder, if not the one in --base")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="the tokenizer's folder, if not the one in --base")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a preview's prompt to encode too (repeatable)")
-    parser.add_argument("--negative", metavar="TEXT", help="a negative prompt to encode besides the model's own")
+    _add_encoder_options(parser)
+    _add_preview_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder that a job names as `encoded`")
     parser = add_verb(verbs, "convert", convert, "write a LoRA file in another form")
@@ -73,15 +72,17 @@ def dataset(options: argparse.Namespace) -> None:
 def encode(options: argparse.Namespace) -> None:
     """Encode a folder of clips."""
     from ..encoders import encode_dataset
-    from ..folder_encoder import EncoderFiles, FolderEncoder
+    from ..folder_encoder import EncoderFiles, FolderEncoder, needed_parts
 
-    _check_encode(options)
-    files = EncoderFiles.find(options.base, options.vae, options.text_encoder, options.tokenizer)
     family, variant = _model(options, default=False)
+    _check_encode(options, family, variant)
+    needed = needed_parts(family, variant)
+    files = EncoderFiles.find(options.base, needed, **{name: getattr(options, name) for name in ENCODER_PARTS})
     encoder = FolderEncoder(family, variant, files, options.device)
     prompts = [*options.prompt, *([options.negative] if options.negative else [])]
+    first_frames = _first_frames(options, encoder.negative)
     clips = _scan(options)
-    done = encode_dataset(clips, _geometry(options), encoder, options.out, prompts=prompts, progress=Progress())
+    done = encode_dataset(clips, _geometry(options), encoder, options.out, prompts=prompts, first_frames=first_frames, progress=Progress())
     for item in done.rejected:
         print(f"not used: {item.name}: {item.reason}")
     if clips.rejected:
@@ -89,11 +90,29 @@ def encode(options: argparse.Namespace) -> None:
     print(f"{done}\n{options.out}")
 
 
-def _check_encode(options: argparse.Namespace) -> None:
-    """Raises JobError with what is wrong with the output folder and the device, before anything is read."""
+def _first_frames(options: argparse.Namespace, negative: str) -> FirstFrames | None:
+    """The images of the previews; a single one is for every prompt."""
+    from ..encoders import FirstFrames
+
+    if not options.image:
+        return None
+    width, height = options.preview_size or options.size
+    images = tuple(options.image) if len(options.image) > 1 else tuple(options.image) * len(options.prompt)
+    chosen = negative if options.negative is None else options.negative
+    return FirstFrames(tuple(options.prompt), images, chosen, options.preview_frames or options.frames, height, width)
+
+
+def _check_encode(options: argparse.Namespace, family: Family, variant: Variant) -> None:
+    """Raises JobError with what is wrong with the output folder, the device and the images, before any clip is read."""
+    from ..condition_problems import image_problems
     from ..device import find_device
 
-    problems = []
+    problems: list[Problem] = []
+    if options.image:
+        images = [str(path) for path in options.image]
+        problems += image_problems("--image", images, len(options.prompt), variant, family.first_frame(variant))
+        width, height = options.preview_size or options.size
+        problems += family.latent(variant).problems(options.preview_frames or options.frames, height, width)
     if options.out.exists() and not options.out.is_dir():
         problems.append(Problem(f"--out is {options.out}, a file", "encoded data are a folder", "Give a new or an earlier folder."))
     if options.out.resolve() == options.folder.resolve():
@@ -132,6 +151,29 @@ class Progress:
         rate = done / max(time.monotonic() - self._started, 1e-3)
         end = "\n" if done == total or not self._terminal else ""
         print(f"{chr(13) if self._terminal else ''}{what}: {done}/{total}  {rate:.1f}/s", end=end, file=sys.stderr, flush=True)
+
+
+def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    parts = parser.add_argument_group("encoders (if not those in --base)")
+    parts.add_argument("--vae", type=Path, metavar="FILE", help="the VAE's file or folder")
+    for name in ENCODER_PARTS[1:]:
+        parts.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="DIR", help=f"the folder of the {name.replace('_', ' ')}")
+
+
+def _add_preview_options(parser: argparse.ArgumentParser) -> None:
+    previews = parser.add_argument_group("previews")
+    previews.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a preview's prompt to encode too (repeatable)")
+    previews.add_argument("--negative", metavar="TEXT", help="a negative prompt to encode besides the model's own")
+    previews.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="what a preview starts from: one for each prompt, or for all",
+    )
+    previews.add_argument("--preview-size", type=_size, metavar="WxH", help="the previews' size in pixels, for --image (--size)")
+    previews.add_argument("--preview-frames", type=int, metavar="N", help="the previews' frames, for --image (--frames)")
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:

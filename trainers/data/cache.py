@@ -2,6 +2,7 @@
 
     <folder>/latents/ab/<key>.safetensors    normalised latents of one window, float32
     <folder>/text/ab/<key>.safetensors       one encoded caption, unpadded, in the dtype the encoder gave
+    <folder>/image/ab/<key>.safetensors      what an image encoder gave for one first frame, in its dtype
     <folder>/hashes.jsonl                    sha256 of files already read, by path, size and time of change
 
 Files are written beside their place and renamed, and never changed or deleted afterwards, so any number of processes may
@@ -21,11 +22,14 @@ import torch
 
 from .. import journal
 from ..errors import DatasetError, Problem
-from ..family import TextRecord
+from ..family import FIRST_FRAME, FIRST_FRAME_CLIP, IMAGE_EMBEDS, IMAGE_TEXT, LATENTS, TextRecord
 from ..stable_file import save_file
 
 FORMAT_VERSION = 1
 """Part of every key. Raise it when the same file and window would give other pixels or another layout."""
+
+_FOLDERS = {LATENTS: "latents", FIRST_FRAME: "latents", FIRST_FRAME_CLIP: "latents", IMAGE_EMBEDS: "image", IMAGE_TEXT: "text"}
+"""Where each kind of `Family.required` is kept."""
 
 
 class Cache:
@@ -45,12 +49,40 @@ class Cache:
         return _key({"kind": "latents", "file": file_hash, "crop": "cover-centre", "encoder": encoder_identity, **window})
 
     @staticmethod
+    def first_frame_key(
+        kind: str, file_hash: str, start_seconds: float, height: int, width: int, encoder_identity: str, **more: object
+    ) -> str:
+        """The key of what is made of a window's first frame alone; `more` is what else it depends on.
+
+        FIRST_FRAME has none of its own: it is the latents of a window of one frame.
+        """
+        window = {"start_seconds": start_seconds, "height": height, "width": width, **more}
+        return _key({"kind": kind, "file": file_hash, "crop": "cover-centre", "encoder": encoder_identity, **window})
+
+    @staticmethod
     def text_key(prompt: str, encoder_identity: str) -> str:
         """The key of a prompt."""
         return _key({"kind": "text", "prompt": prompt, "encoder": encoder_identity})
 
+    def has(self, kind: str, key: str) -> bool:
+        """Whether something of a window is there; `kind` as in `Family.required`."""
+        return self._path(_FOLDERS[kind], key).is_file()
+
+    def write(self, kind: str, key: str, value: torch.Tensor | TextRecord) -> None:
+        """Store something of a window."""
+        if isinstance(value, TextRecord):
+            self.write_text(key, value)
+        elif _FOLDERS[kind] == "latents":
+            self.write_latents(key, value)
+        else:
+            self._write("image", key, {"rows": value.cpu()})
+
+    def read(self, kind: str, key: str) -> torch.Tensor:
+        """The tensor of a window that is no text. Raises DatasetError when the file is missing or damaged."""
+        return self.read_latents(key) if _FOLDERS[kind] == "latents" else self._read("image", key)["rows"]
+
     def has_latents(self, key: str) -> bool:
-        return self._path("latents", key).is_file()
+        return self.has(LATENTS, key)
 
     def has_text(self, key: str) -> bool:
         return self._path("text", key).is_file()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import DatasetError, Problem
-from ..family import TextRecord
+from ..family import IMAGE_TEXT, LATENTS, TextRecord
 from ..whole_files import written_beside
 from .cache import Cache
 
@@ -31,7 +31,11 @@ FILE_NAME = "encoded.json"
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """One window of one clip. `latents` and `text` are keys in the cache; sizes are pixels."""
+    """One window of one clip. `latents` and `text` are keys in the cache; sizes are pixels.
+
+    `extras` are the keys of what else the variant requires of a window, by kind (see `Family.required`). Where captions are
+    encoded together with first frames, `text_without_caption` is the key of "" with this one.
+    """
 
     latents: str
     text: str
@@ -44,6 +48,23 @@ class EncodedItem:
     fps: float
     repeats: int
     held_out: bool
+    extras: Mapping[str, str] = field(default_factory=dict)
+    text_without_caption: str | None = None
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image that previews start from, by its file's name, at the previews' size in pixels.
+
+    `extras` are keys in the cache by kind (see `Family.required`), `texts` those of the texts that are encoded with it.
+    """
+
+    name: str
+    num_frames: int
+    height: int
+    width: int
+    extras: Mapping[str, str]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,7 @@ class Encoded:
     items: tuple[EncodedItem, ...]
     prompts: Mapping[str, str]
     cache: Cache = field(compare=False)
+    images: tuple[EncodedImage, ...] = ()
 
     @classmethod
     def open(cls, folder: Path | str, identity: str | None = None) -> Encoded:
@@ -68,7 +90,8 @@ class Encoded:
         try:
             items = tuple(_item(item) for item in values["items"])
             cache = Cache(folder / values["cache"])
-            return cls(folder, values["family"], values["variant"], items, dict(values["prompts"]), cache)
+            images = tuple(EncodedImage(**image) for image in values.get("images", ()))
+            return cls(folder, values["family"], values["variant"], items, dict(values["prompts"]), cache, images)
         except (KeyError, TypeError, AttributeError) as error:
             raise _unusable(f"{folder / FILE_NAME} is damaged ({error!r})", "it must be as `encode` wrote it") from None
 
@@ -77,9 +100,12 @@ class Encoded:
         """Hash of what is in it, wherever it lies."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
-    def with_prompts(self, texts: Mapping[str, str]) -> Encoded:
-        """The same clips with more prompts (prompt -> text key), as another version: `keep_version` lets it be opened."""
-        return replace(self, prompts={**self.prompts, **texts})
+    def with_prompts(self, texts: Mapping[str, str], images: Sequence[EncodedImage] = ()) -> Encoded:
+        """The same clips with more prompts (prompt -> text key) and images of previews, as another version.
+
+        `keep_version` lets it be opened.
+        """
+        return replace(self, prompts={**self.prompts, **texts}, images=(*self.images, *images))
 
     def save(self) -> None:
         """Write `encoded.json`; an older one is replaced, and stays to be opened by its identity."""
@@ -105,19 +131,42 @@ class Encoded:
         """The encoded prompt of a key. Raises DatasetError when its file is missing or damaged."""
         return self.cache.read_text(key)
 
+    def extra(self, kind: str, key: str) -> torch.Tensor:
+        """What else is encoded of a window or an image. Raises DatasetError when its file is missing or damaged."""
+        return self.cache.read(kind, key)
+
+    def image(self, path: str, num_frames: int, height: int, width: int) -> EncodedImage | None:
+        """The image of a path (its name counts) at a size, if it is encoded."""
+        wanted = Path(path).name, num_frames, height, width
+        return next((image for image in self.images if (image.name, image.num_frames, image.height, image.width) == wanted), None)
+
     def problems(self) -> list[Problem]:
         """What is missing in the cache; empty when a training can read everything. Looks at names only."""
-        latents = {item.latents for item in self.items}
-        texts = {item.text for item in self.items} | set(self.prompts.values())
-        missing = sum(not self.cache.has_latents(key) for key in latents) + sum(not self.cache.has_text(key) for key in texts)
+        files = set(self._files())
+        missing = sum(not self.cache.has(kind, key) for kind, key in files)
         if not missing:
             return []
-        value = f"{missing} of {len(latents) + len(texts)} encoded files are missing in {self.cache.folder}"
+        value = f"{missing} of {len(files)} encoded files are missing in {self.cache.folder}"
         return [Problem(value, "all of them are needed", "Run `encode` again: it makes what is missing.")]
 
+    def _files(self) -> Iterator[tuple[str, str]]:
+        """(kind, key) of everything that is in the cache."""
+        yield from ((IMAGE_TEXT, key) for key in self.prompts.values())
+        for item in self.items:
+            yield LATENTS, item.latents
+            yield IMAGE_TEXT, item.text
+            if item.text_without_caption:
+                yield IMAGE_TEXT, item.text_without_caption
+            yield from item.extras.items()
+        for image in self.images:
+            yield from image.extras.items()
+            yield from ((IMAGE_TEXT, key) for key in image.texts.values())
+
     def _content(self) -> dict[str, Any]:
-        items = [asdict(item) for item in self.items]
-        return {"family": self.family, "variant": self.variant, "items": items, "prompts": dict(self.prompts)}
+        """As JSON; what is not there is left out, so that data without it keep their identity."""
+        items = [{name: value for name, value in asdict(item).items() if name not in _OPTIONAL or value} for item in self.items]
+        images = {"images": [asdict(image) for image in self.images]} if self.images else {}
+        return {"family": self.family, "variant": self.variant, "items": items, "prompts": dict(self.prompts), **images}
 
     def _cache_path(self) -> str:
         """Relative when the cache lies inside the folder, so that the folder can be moved."""
@@ -149,7 +198,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-_FIELDS = {item.name: item.type for item in fields(EncodedItem)}
+_OPTIONAL = ("extras", "text_without_caption")
+_FIELDS = {item.name: item.type for item in fields(EncodedItem) if item.name not in _OPTIONAL}
 _TYPES: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
@@ -158,6 +208,8 @@ def _item(values: Mapping[str, Any]) -> EncodedItem:
     for name, kind in _FIELDS.items():
         if not isinstance(values[name], _TYPES[str(kind)]):
             raise TypeError(f"{name} is {values[name]!r}")
+    if not all(isinstance(key, str) for key in (values.get("extras") or {}).values()):
+        raise TypeError(f"extras is {values['extras']!r}")
     return EncodedItem(**values)
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from clip_files import numbered, write_caption, write_image, write_video
 
-from trainers import encoders
+from trainers import encoding
 from trainers.data.buckets import Geometry, plan_windows
 from trainers.data.cache import Cache
 from trainers.data.encoded import Encoded
@@ -27,12 +27,14 @@ from trainers.data.scan import Dataset, scan_folder
 from trainers.encoders import (
     Cancelled,
     EncodeReport,
-    all_latents_cached,
+    all_shots_cached,
     all_texts_cached,
+    dataset_shots,
     encode_dataset,
     encode_prompts,
     needed_texts,
 )
+from trainers.encoding import VAE_KINDS
 from trainers.errors import DatasetError, MissingPackage
 from trainers.family import LatentSpec, TextRecord
 
@@ -44,7 +46,8 @@ class AverageEncoder:
     """Latents are the mean colour of each frame's first pixels, text is the length of the prompt."""
 
     family_id, variant_id, latent, negative = "wan", "wan2.1-t2v", SPEC, "ugly"
-    identity_vae, identity_text = "vae 1", "text 1"
+    identity_vae, identity_text, identity_image = "vae 1", "text 1", "image 1"
+    required = frozenset({"latents"})
 
     def __init__(self) -> None:
         self.videos: list[torch.Tensor] = []
@@ -55,7 +58,7 @@ class AverageEncoder:
         channels, *sizes = SPEC.shape(*pixels_BCFHW.shape[2:])
         return torch.nn.functional.interpolate(pixels_BCFHW, sizes).mean(1, keepdim=True).expand(-1, channels, -1, -1, -1)
 
-    def encode_text(self, prompts: Sequence[str]) -> list[TextRecord]:
+    def encode_text(self, prompts: Sequence[str], image_HWC: torch.Tensor | None = None) -> list[TextRecord]:
         self.prompts.extend(prompts)
         return [TextRecord(torch.full((len(prompt) + 1, 4), float(len(prompt)))) for prompt in prompts]
 
@@ -271,7 +274,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch, where: str, error: Exception) ->
 
     with monkeypatch.context() as patch:
         if where == "decoding":
-            patch.setattr(encoders, "read_window", once(encoders.read_window))
+            patch.setattr(encoding, "read_window", once(encoding.read_window))
         else:
             patch.setattr(encoder, "encode_video", once(encoder.encode_video))
         yield encoder
@@ -302,16 +305,14 @@ def test_the_geometry_is_checked_before_anything_is_encoded(clips: Path):
 
 
 def test_frames_are_decoded_ahead_but_not_far(clips: Path, monkeypatch: pytest.MonkeyPatch):
-    from trainers import encoders
-
     decoded: list[str] = []
-    read = encoders.read_window
+    read = encoding.read_window
 
     def counted(path: Path, *arguments: object) -> np.ndarray:
         decoded.append(threading.current_thread().name)
         return read(path, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(encoders, "read_window", counted)
+    monkeypatch.setattr(encoding, "read_window", counted)
     ahead = []
 
     class Slow(AverageEncoder):
@@ -330,8 +331,10 @@ def test_frames_are_decoded_ahead_but_not_far(clips: Path, monkeypatch: pytest.M
 def is_cached(dataset: Dataset, geometry: Geometry, folder: Path, vae: str = "vae 1", text: str = "text 1") -> tuple[bool, bool]:
     """Whether (latents, texts) need no model."""
     plan, cache = plan_windows(dataset, geometry, SPEC), Cache(folder / "out" / "cache")
-    texts = needed_texts("ugly", (), plan)
-    return all_latents_cached(plan, vae, cache), all_texts_cached(texts, text, cache)
+    encoder = AverageEncoder()
+    encoder.identity_vae = vae
+    latents = all_shots_cached(dataset_shots(encoder, plan), VAE_KINDS, encoder, cache)
+    return latents, all_texts_cached(needed_texts(encoder, (), plan), text, cache)
 
 
 def test_what_is_cached_is_known_without_an_encoder(clips: Path):
@@ -357,7 +360,10 @@ def test_a_changed_clip_or_caption_is_not_cached(clips: Path):
 
 def test_prompts_alone(tmp_path: Path):
     encoder, cache = AverageEncoder(), Cache(tmp_path)
-    keys = encode_prompts(["one", "two", "one"], encoder, cache)
+    encoded = encode_prompts(["one", "two", "one"], encoder, cache)
+    assert encoded is not None
+    keys, images = encoded
+    assert images == ()
     assert keys == {prompt: Cache.text_key(prompt, "text 1") for prompt in ("", "ugly", "one", "two")}
     assert all(cache.has_text(key) for key in keys.values())
     assert encode_prompts(["two"], AverageEncoder(), cache, cancelled=lambda: True) is not None, "nothing is to be done"

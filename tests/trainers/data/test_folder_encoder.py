@@ -75,13 +75,13 @@ class Watched(FolderEncoder):
 
     def _load_vae(self) -> torch.nn.Module:
         self.loads.append("vae")
-        assert self._loaded == ("", None), "two models in memory"
+        assert self._loaded == ("vae", {}), "two models in memory"
         return super()._load_vae()
 
-    def _load_text_encoder(self) -> Any:
+    def _load_encoder(self, folder: Path) -> Any:
         self.loads.append("text_encoder")
-        assert self._loaded == ("", None), "two models in memory"
-        return super()._load_text_encoder()
+        assert self._loaded[1].keys() <= {"tokenizer"}, "two models in memory"
+        return super()._load_encoder(folder)
 
 
 def encode(clips: Path, encoder: FolderEncoder, out: Path) -> tuple[int, int, int, int]:
