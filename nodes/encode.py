@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..trainers.adherence import find_clip_problems
+from ..trainers.condition_problems import image_problems
 from ..trainers.data.buckets import Geometry, plan_windows
 from ..trainers.data.cache import Cache
+from ..trainers.data.clip_store import store_clip
 from ..trainers.data.scan import Dataset
-from ..trainers.encoders import EncodeReport, all_latents_cached, all_texts_cached, encode_dataset, encode_prompts, needed_texts
+from ..trainers.encoders import (
+    EncodeReport,
+    FirstFrames,
+    dataset_shots,
+    encode_dataset,
+    encode_prompts,
+    needed_texts,
+    preview_shots,
+)
 from ..trainers.errors import DatasetError, Problem
 from ..trainers.family import family_of
-from . import host, loaders
-from .graph_encoder import GraphEncoder, Known
+from . import host
+from .lazy import encoder_of, known_encoder, needed_inputs
 from .records import BASE, DATASET, ENCODED, PREVIEWS, Base, EncodedData, PreviewSettings
 from .schema import ADVANCED, schema
 
@@ -80,21 +90,15 @@ class EncodeDataset(io.ComfyNode):
 
     @classmethod
     def check_lazy_status(cls, dataset: Dataset, base: Base, vae: Any = None, clip: Any = None, **values: Any) -> list[str]:
-        known, cache = _known(cls.hidden), _cache()
-        encoder = GraphEncoder(base, known=known)
+        encoder = known_encoder(cls.hidden, base)
         plan = plan_windows(dataset, _geometry(values), encoder.latent)
-        needed = []
-        if known.vae is None or not all_latents_cached(plan, encoder.identity_vae, cache):
-            needed.append("vae")
-        if known.text is None or not all_texts_cached(needed_texts(encoder.negative, (), plan), encoder.identity_text, cache):
-            needed.append("clip")
-        return needed
+        return needed_inputs(cls.hidden, base, encoder, needed_texts(encoder, (), plan), dataset_shots(encoder, plan), _cache())
 
     @classmethod
     def execute(
         cls, dataset: Dataset, base: Base, vae: Any = None, clip: Any = None, clip_vision: Any = None, **values: Any
     ) -> io.NodeOutput:
-        encoder = _encoder(cls.hidden, base, vae, clip)
+        encoder = encoder_of(cls.hidden, base, vae, clip, clip_vision)
         report = encode_dataset(
             dataset, _geometry(values), encoder, host.encoded_folder(), progress=host.progress(), cancelled=host.cancelled
         )
@@ -165,7 +169,9 @@ class Previews(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", lazy=True, optional=True, tooltip="The VAE, for models that start from an image."),
                 _clip_vision_input(),
-                io.Image.Input("images", optional=True, tooltip="First frames, for models that start from an image; one per prompt."),
+                io.Image.Input(
+                    "images", optional=True, tooltip="First frames, for models that start from an image: one per prompt, or one for all."
+                ),
                 io.String.Input(
                     "clip_folder",
                     default="",
@@ -186,19 +192,21 @@ class Previews(io.ComfyNode):
     @classmethod
     def check_lazy_status(cls, base: Base, prompts: str, negative: str, clip: Any = None, **values: Any) -> list[str]:
         spec = _preview_spec(base, prompts, negative, values)
-        known = _known(cls.hidden)
-        encoder = GraphEncoder(base, known=known)
-        texts = needed_texts(encoder.negative, (negative, *spec["prompts"]))
-        return [] if known.text and all_texts_cached(texts, encoder.identity_text, _cache()) else ["clip"]
+        encoder = known_encoder(cls.hidden, base)
+        shots = preview_shots(encoder, _first_frames(spec))
+        return needed_inputs(cls.hidden, base, encoder, needed_texts(encoder, (negative, *spec["prompts"])), shots, _cache())
 
     @classmethod
-    def execute(cls, base: Base, prompts: str, negative: str, clip: Any = None, **values: Any) -> io.NodeOutput:
+    def execute(
+        cls, base: Base, prompts: str, negative: str, clip: Any = None, vae: Any = None, clip_vision: Any = None, **values: Any
+    ) -> io.NodeOutput:
         spec = _preview_spec(base, prompts, negative, values)
-        encoder = _encoder(cls.hidden, base, None, clip)
-        texts = encode_prompts((negative, *spec["prompts"]), encoder, _cache(), host.progress(), host.cancelled)
-        if texts is None:
+        encoder = encoder_of(cls.hidden, base, vae, clip, clip_vision)
+        asked, first_frames = (negative, *spec["prompts"]), _first_frames(spec)
+        encoded = encode_prompts(asked, encoder, _cache(), host.progress(), host.cancelled, first_frames)
+        if encoded is None:
             raise host.Interrupted
-        return io.NodeOutput(PreviewSettings(base.family, base.variant, texts, spec))
+        return io.NodeOutput(PreviewSettings(base.family, base.variant, encoded[0], spec, encoded[1]))
 
 
 def _size_inputs(width: int, height: int, num_frames: int) -> list[Any]:
@@ -224,7 +232,7 @@ def _clip_vision_input() -> Any:
 def _fingerprint() -> str:
     """Changes when what was encoded is gone, so that a user who deletes it finds it made again."""
     folder = host.encoded_folder()
-    there = [(folder / name).is_dir() for name in ("versions", "cache/latents", "cache/text")]
+    there = [(folder / name).is_dir() for name in ("versions", "cache/latents", "cache/text", "cache/image")]
     return f"{there} {host.missing_since()}"
 
 
@@ -245,7 +253,7 @@ def _geometry(values: dict[str, Any]) -> Geometry:
 
 
 def _preview_spec(base: Base, prompts: str, negative: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `trainers.job.PreviewSpec`. Raises DatasetError with everything that is wrong with them."""
+    """The fields of `trainers.job.PreviewSpec`; images are kept as files. Raises DatasetError with everything that is wrong."""
     lines = tuple(line.strip() for line in prompts.splitlines() if line.strip())
     size = {name: values[name] for name in ("num_frames", "height", "width")}
     family, variant = family_of(base.variant)
@@ -255,29 +263,31 @@ def _preview_spec(base: Base, prompts: str, negative: str, values: dict[str, Any
     clip_folder = values.get("clip_folder", "").strip().strip('"') or None  # Windows copies paths with quotes
     if clip_folder:
         problems += find_clip_problems("clip_folder", Path(clip_folder).expanduser())
+    images = [str(store_clip(_image_folder(), image_HWC[None], fps=1.0)) for image_HWC in _images(values)]
+    problems += image_problems("images", images, len(lines), variant, family.first_frame(variant))
     if problems:
         raise DatasetError(problems, subject="The previews")
     fields = {name: values[name] for name in ("every_steps", "sampling_steps", "cfg", "seed")}
-    return {**fields, **size, "prompts": lines, "negative": negative, "shift": values["shift"] or None, "clip_folder": clip_folder}
+    measured_and_given = {"clip_folder": clip_folder, "images": tuple(images)}
+    return {**fields, **size, "prompts": lines, "negative": negative, "shift": values["shift"] or None, **measured_and_given}
 
 
-def _known(hidden: Any) -> Known:
-    """What the loaders before the node gave when they last ran."""
-    vae, text = (loaders.known_identity(_loader(hidden, name)) for name in ("vae", "clip"))
-    return Known(vae, text)
+def _images(values: Mapping[str, Any]) -> Sequence[Any]:
+    """The images that are wired to the node, each H x W x 3."""
+    images = values.get("images")
+    return () if images is None else images
 
 
-def _loader(hidden: Any, input_id: str) -> str | None:
-    return loaders.fingerprint(hidden.prompt, str(hidden.unique_id), input_id)
+def _image_folder() -> Path:
+    return host.state_folder() / "clips"
 
 
-def _encoder(hidden: Any, base: Base, vae: Any, clip: Any) -> GraphEncoder:
-    """The encoder of what is wired to the node; what its loaders gave is noted, so that they can be spared next time."""
-    encoder = GraphEncoder(base, vae, clip, _known(hidden))
-    for input_id, identity in (("vae", encoder.own.vae), ("clip", encoder.own.text)):
-        if identity:
-            loaders.note_identity(_loader(hidden, input_id), identity)
-    return encoder
+def _first_frames(spec: Mapping[str, Any]) -> FirstFrames | None:
+    """The images of the previews, one for each prompt."""
+    prompts, images = spec["prompts"], [Path(path) for path in spec["images"]]
+    images = images * len(prompts) if len(images) == 1 else images
+    size = {name: spec[name] for name in ("num_frames", "height", "width")}
+    return FirstFrames(prompts, tuple(images), spec["negative"], **size) if images else None
 
 
 def _told(report: EncodeReport) -> str:

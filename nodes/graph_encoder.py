@@ -1,4 +1,4 @@
-"""The encoder of a graph: clips and captions through the VAE and CLIP that are wired to a node.
+"""The encoder of a graph: clips and captions through the VAE, CLIP and CLIP_VISION that are wired to a node.
 
 So the LoRA learns on exactly the latents and conditioning that ComfyUI will use, whatever made the objects: any
 quantisation, GGUF packs, LoRAs on the text encoder.
@@ -8,27 +8,28 @@ Shape suffixes: B batch, C channels, F frames, H and W pixels (or latent height 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..trainers.encoders import Cancelled
+from ..trainers.encoding import Cancelled
 from ..trainers.family import LatentSpec, TextRecord, family_of
 from . import host
-from .identity import identity_of_clip, identity_of_vae
+from .identity import identity_of_clip, identity_of_clip_vision, identity_of_vae
 from .native import check_parts, latent_format
 from .records import Base
 
 
 @dataclass(frozen=True)
 class Known:
-    """The identities of a VAE and a CLIP as far as they are known without them."""
+    """The identities of a VAE, a CLIP and a CLIP_VISION as far as they are known without them."""
 
     vae: str | None = None
     text: str | None = None
+    image: str | None = None
 
 
 class GraphEncoder:
@@ -37,29 +38,36 @@ class GraphEncoder:
     Raises CheckpointError for objects of another family.
     """
 
-    def __init__(self, base: Base, vae: Any = None, clip: Any = None, known: Known = Known()) -> None:
+    def __init__(self, base: Base, vae: Any = None, clip: Any = None, clip_vision: Any = None, known: Known = Known()) -> None:
         family, variant = family_of(base.variant)
-        check_parts(family, variant, vae, clip)
+        check_parts(family, variant, vae, clip, clip_vision)
         self.family_id = family.id
         self.variant_id = variant.id
         self._names = family.comfyui(variant)
         self.latent: LatentSpec = family.latent(variant)
         self.negative = family.sampling(variant).negative
-        self._vae, self._clip, self._known = vae, clip, known
+        self.required = family.required(variant)
+        self.known = known
+        self._vae, self._clip, self._clip_vision = vae, clip, clip_vision
 
     @cached_property
     def own(self) -> Known:
         """The identities of the objects that are there."""
         vae = None if self._vae is None else identity_of_vae(self._vae)
-        return Known(vae, None if self._clip is None else identity_of_clip(self._clip))
+        text = None if self._clip is None else identity_of_clip(self._clip)
+        return Known(vae, text, None if self._clip_vision is None else identity_of_clip_vision(self._clip_vision))
 
     @property
     def identity_vae(self) -> str:
-        return self._name(self.own.vae or self._known.vae)
+        return self._name(self.own.vae or self.known.vae)
 
     @property
     def identity_text(self) -> str:
-        return self._name(self.own.text or self._known.text)
+        return self._name(self.own.text or self.known.text)
+
+    @property
+    def identity_image(self) -> str:
+        return self._name(self.own.image or self.known.image)
 
     def _name(self, identity: str | None) -> str:
         assert identity is not None, "an object that is not there must be known"
@@ -75,19 +83,40 @@ class GraphEncoder:
             raise Cancelled from None
         return latent_format(self._names).process_in(latents_BCFHW.float().cpu())
 
-    def encode_text(self, prompts: Sequence[str]) -> list[TextRecord]:
+    def encode_text(self, prompts: Sequence[str], image_HWC: torch.Tensor | None = None) -> list[TextRecord]:
         """See Encoder. Rows that ComfyUI's CLIP adds as padding are cut off: the training pads by itself."""
         assert self._clip is not None, "a caption was not there a moment ago: press Run again"
         try:
-            return [self._encode_one(prompt) for prompt in prompts]
+            options = {} if image_HWC is None else self._with_image(image_HWC)
+            return [self._encode_one(prompt, options) for prompt in prompts]
         except host.Interrupted:
             raise Cancelled from None
 
-    def _encode_one(self, prompt: str) -> TextRecord:
-        tokens = self._clip.tokenize(escaped(prompt))
-        ((embeds_BLD, options),) = self._clip.encode_from_tokens_scheduled(tokens, show_pbar=False)
-        pooled_BD = options.get("pooled_output")
-        kept_LD = unpadded(embeds_BLD[0], options.get("attention_mask"))
+    def encode_image(self, image_HWC: torch.Tensor) -> torch.Tensor:
+        """See Encoder. The whole image squashed to a square, and the rows before the last layer, as Wan's nodes take them."""
+        try:
+            rows: torch.Tensor = self._look(image_HWC)["penultimate_hidden_states"]
+        except host.Interrupted:
+            raise Cancelled from None
+        return rows[0].cpu()
+
+    def _look(self, image_HWC: torch.Tensor) -> Any:
+        assert self._clip_vision is not None, "a clip has changed while it was looked up: press Run again"
+        return self._clip_vision.encode_image(image_HWC[None], crop=False)
+
+    def _with_image(self, image_HWC: torch.Tensor) -> dict[str, Any]:
+        """What the tokenizer is told of an image: what core's TextEncodeHunyuanVideo_ImageToVideo tells it."""
+        from comfy_extras.nodes_hunyuan import PROMPT_TEMPLATE_ENCODE_VIDEO_I2V
+
+        rows = self._look(image_HWC)["mm_projected"]
+        interleave = self._names.image_interleave
+        return {"llama_template": PROMPT_TEMPLATE_ENCODE_VIDEO_I2V, "image_embeds": rows, "image_interleave": interleave}
+
+    def _encode_one(self, prompt: str, options: Mapping[str, Any]) -> TextRecord:
+        tokens = self._clip.tokenize(escaped(prompt), **options)
+        ((embeds_BLD, more),) = self._clip.encode_from_tokens_scheduled(tokens, show_pbar=False)
+        pooled_BD = more.get("pooled_output")
+        kept_LD = unpadded(embeds_BLD[0], more.get("attention_mask"))
         return TextRecord(kept_LD.cpu(), None if pooled_BD is None else pooled_BD[0].cpu())
 
 

@@ -1,4 +1,4 @@
-"""What a VAE or CLIP object is, as a hash: the object has no name, and what it encoded is found again by this.
+"""What a VAE, CLIP or CLIP_VISION object is, as a hash: the object has no name, and what it encoded is found again by this.
 
 It changes with the weights (sampled), their precision, patches such as LoRAs, and what the tokenizer does; it is the same
 after a restart, on another device, and whether or not the patches are applied right now.
@@ -23,6 +23,12 @@ def identity_of_clip(clip: Any) -> str:
     """The hash of a CLIP, in milliseconds; its tokenizer counts by its vocabulary's size and what it makes of a text."""
     options = [clip.layer_idx, clip.tokenizer_options, clip.use_clip_schedule, type(clip.tokenizer).__qualname__]
     return content_hash(["clip", _weights(clip.patcher), options, _tokenizer(clip)])
+
+
+def identity_of_clip_vision(clip_vision: Any) -> str:
+    """The hash of an image encoder, in milliseconds; how it prepares an image counts."""
+    options = [clip_vision.image_size, clip_vision.image_mean, clip_vision.image_std, clip_vision.dtype]
+    return content_hash(["clip_vision", _weights(clip_vision.patcher), options])
 
 
 def _weights(patcher: Any) -> list[Any]:

@@ -86,6 +86,7 @@ _FILES: Mapping[str, Callable[[Widgets], Iterator[Path | None]]] = {
     "VAELoader": _files("vae", "vae_name"),
     "CLIPLoader": _files("text_encoders", "clip_name"),
     "DualCLIPLoader": _files("text_encoders", "clip_name1", "clip_name2"),
+    "CLIPVisionLoader": _files("clip_vision", "clip_name"),
     _BASE_MODEL: _base_files,
 }
 """The files of each known loader by its widgets; None for one that is not there."""

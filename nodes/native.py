@@ -21,7 +21,7 @@ import torch
 
 from ..trainers.checkpoint import Checkpoint
 from ..trainers.errors import CheckpointError, KeyTableError, Problem
-from ..trainers.family import ComfyNames, Family, Variant, detect_vae
+from ..trainers.family import IMAGE_TEXT, ComfyNames, Family, Variant, detect_vae
 from ..trainers.load import under_native_names
 from ..trainers.tensor_files import open_tensor_file
 from ..trainers.transformers_folder import TransformersFolder
@@ -45,8 +45,8 @@ def latent_format(names: ComfyNames) -> Any:
     return getattr(comfy.latent_formats, names.latent_format)()
 
 
-def check_parts(family: Family, variant: Variant, vae: Any = None, clip: Any = None) -> None:
-    """Raises CheckpointError when a VAE or CLIP object is not the variant's or cannot encode; None is not looked at.
+def check_parts(family: Family, variant: Variant, vae: Any = None, clip: Any = None, clip_vision: Any = None) -> None:
+    """Raises CheckpointError when a VAE, CLIP or CLIP_VISION object is not the variant's or cannot encode; None is not looked at.
 
     Another CLIP would do no harm that anyone sees: core's Load CLIP reads the right file as another type's without a word.
     """
@@ -63,6 +63,9 @@ def check_parts(family: Family, variant: Variant, vae: Any = None, clip: Any = N
     if clip is not None and (kind := type(clip.tokenizer).__name__) != names.tokenizer:
         remedy = f"Choose the type {names.clip_type.lower()} in Load CLIP, or wire Load Encoders."
         problems.append(Problem(f"the CLIP reads text with a {kind}", f"{family.title} needs a {names.tokenizer}", remedy))
+    if clip_vision is not None and IMAGE_TEXT in family.required(variant) and clip_vision.model.multi_modal_projector is None:
+        value, rule = "the CLIP_VISION makes no words of an image", f"{variant.title} reads the first frame with its captions"
+        problems.append(Problem(value, rule, "Choose llava_llama3_vision in Load CLIP Vision, or wire Load Encoders."))
     if problems:
         raise CheckpointError(problems)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..trainers.data.encoded import EncodedImage
+
 BASE = io.Custom("VIDEO_TRAINER_BASE")
 DATASET = io.Custom("VIDEO_TRAINER_DATASET")
 ENCODED = io.Custom("VIDEO_TRAINER_ENCODED")
@@ -41,12 +43,13 @@ class EncodedData:
 
 @dataclass(frozen=True)
 class PreviewSettings:
-    """Prompts that are encoded (prompt -> key in the cache), and the fields of a job's `previews`."""
+    """Prompts that are encoded (prompt -> key in the cache), first frames that are, and the fields of a job's `previews`."""
 
     family: str
     variant: str
     texts: Mapping[str, str]
     spec: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[EncodedImage, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class Setting:
 
 def settings() -> tuple[Setting, ...]:
     """Every setting, the main ones first."""
-    return (*_main(), *_length(), *_adapter(), *_optimizer(), *_noise(), *_keeping(), *_machine(), *_start(), *_experts(), *_later())
+    groups = (_main, _length, _adapter, _optimizer, _noise, _keeping, _machine, _start, _experts, _later, _conditions)
+    return tuple(setting for group in groups for setting in group())
 
 
 def job_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,6 +39,8 @@ def job_values(values: Mapping[str, Any]) -> dict[str, Any]:
         for table in tables:
             place = place.setdefault(table, {})
         place[name] = None if value == setting.unset else value
+    if (probability := job["conditions"]) is not None:
+        job["conditions"] = [{"kind": "first_frame", "probability": probability}]
     if job["epochs"]:
         job["steps"] = None
     job["name"] = job["name"].strip()
@@ -383,5 +386,34 @@ def _later() -> tuple[Setting, ...]:
             default=False,
             tooltip="Also learn the length of each row of the weights (DoRA): closer to full training at the same rank, slower, and "
             "only over bf16 or fp16 models, not fp8.",
+        ),
+    )
+
+
+def _conditions() -> tuple[Setting, ...]:
+    """What is given besides text."""
+    return (
+        _folded(
+            "conditions",
+            io.Float,
+            "first_frame_probability",
+            default=-1.0,
+            min=-1.0,
+            max=1.0,
+            step=0.05,
+            tooltip="How often a clip keeps its first frame, so that the LoRA learns to go on from an image. "
+            "-1: as the model was trained. Text-to-video models cannot; image-to-video models always do.",
+            unset=-1.0,
+        ),
+        _folded(
+            "guidance",
+            io.Float,
+            "guidance",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.5,
+            tooltip="What a guidance-distilled model (Hunyuan) is told while training. 0: the model's own.",
+            unset=0,
         ),
     )

@@ -153,7 +153,7 @@ def _job(base: Base, encoded: EncodedData, previews: PreviewSettings | None, val
     if previews and (previews.family, previews.variant) != (base.family, base.variant):
         value = f"the previews are for {previews.variant}, the base is {base.variant}"
         raise JobError(Problem(value, "prompts are encoded for one model", "Connect the same Base Model to both."))
-    version = _version(encoded, previews.texts if previews else {})
+    version = _version(encoded, previews)
     data = {"encoded": encoded.folder, "encoded_identity": version.identity}
     return parse_job(_fields(base, values) | data | ({"previews": dict(previews.spec)} if previews else {}))
 
@@ -169,10 +169,11 @@ def _fields(base: Base, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, **folders, "base": files}
 
 
-def _version(encoded: EncodedData, texts: Mapping[str, str]) -> Encoded:
-    """The encoded data with the prompts of the previews. Raises DatasetError for files that are gone."""
+def _version(encoded: EncodedData, previews: PreviewSettings | None) -> Encoded:
+    """The encoded data with the prompts and images of the previews. Raises DatasetError for files that are gone."""
     try:
-        version = Encoded.open(encoded.folder, encoded.identity).with_prompts(texts)
+        version = Encoded.open(encoded.folder, encoded.identity)
+        version = version.with_prompts(previews.texts, previews.images) if previews else version
         problems = version.problems()
     except DatasetError as error:
         problems = list(error.problems)

@@ -46,7 +46,7 @@ def image_problems(field: str, images: Sequence[str], prompts: int, variant: Var
     images = [*images] * (prompts if len(images) == 1 else 1)
     given = [path for path in images if path]
     if given and rule is None:
-        yield Problem(f"{field} names {Path(given[0]).name}", f"{variant.title} starts from text alone", "Leave the images out.")
+        yield Problem(f"{field} has {len(given)}", f"{variant.title} starts from text alone", "Leave the images out.")
     elif images and len(images) != prompts:
         yield Problem(f"{field} has {len(images)} for {prompts} prompts", "each prompt has one", "Give as many, or a single one for all.")
     elif rule and rule.always and len(given) < prompts:

@@ -32,7 +32,10 @@ def check(job: Job, started: bool = False) -> None:
 
 def check_settings(job: Job, started: bool = False) -> None:
     """Raises JobError with every problem that can be found before the data set is there: device, packages, where it starts."""
-    if problems := list(_setting_problems(job, started)):
+    problems = list(_setting_problems(job, started))
+    if job.base.variant:
+        problems += condition_problems(job, *family_of(job.base.variant))
+    if problems:
         raise JobError(problems, subject=f"The job {job.name} cannot run")
 
 
