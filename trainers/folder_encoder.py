@@ -138,8 +138,12 @@ class FolderEncoder:
         return self._model("text", _numbered("text_encoder", number))
 
     def image_processor(self) -> Any:
-        """See TextFolder. No model: it is loaded anew with each kind that uses it."""
-        return self._model(self._loaded[0] if self._loaded[0] in ("text", "image") else "image", "image_processor")
+        """See TextFolder. It is no model, and stays."""
+        return self._processor
+
+    @cached_property
+    def _processor(self) -> Any:
+        return self._load("image_processor")
 
     def image_encoder(self) -> Any:
         """See TextFolder."""
