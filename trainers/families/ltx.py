@@ -21,6 +21,7 @@ from ..errors import CheckpointError, KeyTableError, Problem
 from ..family import (
     FIRST_FRAME,
     ComfyNames,
+    ComfyT5,
     Conditions,
     Detection,
     Family,
@@ -173,7 +174,8 @@ class Ltx:
         return Sampling(steps=30, shift=2.05, cfg=3.0, negative=NEGATIVE, schedule=schedule)
 
     def comfyui(self, variant: Variant) -> ComfyNames:
-        return ComfyNames("LTXV", "LTXV", "LTXVT5Tokenizer", ("VideoVAE",))
+        vaes = ("causal_video_autoencoder.VideoVAE",)
+        return ComfyNames("LTXV", "LTXV", "LTXVT5Tokenizer", vaes, t5=ComfyT5("lt", "ltxv_te", "t5xxl"))
 
     def first_frame(self, variant: Variant) -> FirstFrameRule | None:
         return FirstFrameRule(probability=0.1)
