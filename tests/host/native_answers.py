@@ -216,6 +216,13 @@ def _model(modules: Modules, base: Mapping[str, Any], weight_dtype: str | None) 
     return modules("nodes.native").load_transformer(Path(base["transformer"]), family, {"dtype": torch.float32})
 
 
+def _node_sigmas(modules: Modules, module: str, node: str, arguments: Mapping[str, Any], latent: list[int] | None = None) -> list[float]:
+    """The noise levels that a scheduler node gives, for a latent of that shape."""
+    given = dict(arguments) | ({"latent": {"samples": torch.zeros(latent)}} if latent else {})
+    (sigmas,) = getattr(importlib.import_module(module), node).execute(**given).args
+    return [float(sigma) for sigma in sigmas]
+
+
 def _weights(modules: Modules, base: Mapping[str, Any], output: str) -> Any:
     """The state dict of the MODEL and VAE of a base, as they were loaded."""
     model = _run(modules, "LoadTransformer", base)[0]
@@ -359,6 +366,7 @@ _TASKS: dict[str, Callable[..., Any]] = {
     "clip_vision": _clip_vision,
     "vae_of_another_variant": _vae_of_another_variant,
     "vae_both_ways": _vae_both_ways,
+    "node_sigmas": _node_sigmas,
     "weights": _weights,
     "encode": _encode,
     "escapes": _escapes,

@@ -54,12 +54,17 @@ def fill(module: torch.nn.Module, seed: int = 0) -> None:
 
 
 def write_ltx(
-    path: Path, transformer: torch.nn.Module, header: Mapping[str, Any] | None = None, vae: Mapping[str, torch.Tensor] = {}
+    path: Path,
+    transformer: torch.nn.Module,
+    header: Mapping[str, Any] | None = None,
+    vae: Mapping[str, torch.Tensor] = {},
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A native file; with the tensors of a VAE an all-in-one checkpoint. `header` is the config in its metadata."""
-    state = {name: tensor.contiguous() for name, tensor in native_state(transformer.state_dict(), LTX.keys).items()}
+    state = {name: tensor.to(dtype).contiguous() for name, tensor in native_state(transformer.state_dict(), LTX.keys).items()}
     if vae:
-        state = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()} | {f"vae.{n}": t for n, t in vae.items()}
+        state = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+        state |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     save_file(state, path, {"config": json.dumps(header)} if header else None)
     return path
 

@@ -239,7 +239,7 @@ class Ltx:
         shapes = _native_shapes(checkpoint, None if native else vae.keys)
         vae.keys.map_file(shapes)
         config = vae_config(shapes, folded=folded, timed=timed) | _vae_header(checkpoint)
-        return VaeDetection(FAMILY, vae, config | _known(checkpoint.config, "AutoencoderKLLTXVideo", ("encoder_causal", "decoder_causal")))
+        return VaeDetection(FAMILY, vae, config)
 
     def build_vae(self, detection: VaeDetection) -> torch.nn.Module:
         """See Family. Convolutions are padded as ComfyUI pads them: those of the decoder by reflection, which diffusers does not."""
