@@ -82,6 +82,8 @@ def load_transformer(path: Path, family: Family, options: dict[str, Any]) -> Any
     state, metadata = _read(checkpoint.files)
     if not _is_native(checkpoint, family):
         state = under_native_names(state, family.keys)
+        found = family.detect(checkpoint)
+        metadata |= dict(found.native_metadata) if found else {}
     model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options, metadata=metadata)
     if model is None:
         raise CheckpointError(Problem(f"ComfyUI does not know the model in {path.name}", f"it should be {family.title}", "Update ComfyUI."))

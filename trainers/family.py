@@ -102,7 +102,8 @@ class Detection:
     `notes` are sentences for the user about what the tensors cannot tell; `reason` is what the choice was made by. `doubt`
     is what the file's name says against the choice: then only a user who names the variant can make it. `expert` is "high"
     or "low" when a name says which of two experts the file is. `config_of` is what the config has otherwise when a user
-    chooses a candidate, by its id.
+    chooses a candidate, by its id. `native_metadata` is what a native file's header would have to tell ComfyUI where this
+    file, in another layout, has no such header.
     """
 
     family: Family
@@ -113,6 +114,7 @@ class Detection:
     doubt: Problem | None = None
     expert: str | None = None
     config_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    native_metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def variant(self) -> Variant:

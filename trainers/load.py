@@ -148,7 +148,8 @@ class _Source:
 def _places(checkpoint: Checkpoint, table: KeyTable, module: nn.Module) -> Mapping[str, Place]:
     """Where each tensor of the module lies in the checkpoint. Raises CheckpointError unless they fit one to one."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    named_as_module = len(expected.keys() & checkpoint.tensors.keys()) > len(expected) // 2
+    named_as_native = sum(table.to_native(name).name in checkpoint.tensors for name in expected)
+    named_as_module = len(expected.keys() & checkpoint.tensors.keys()) > max(len(expected) // 2, named_as_native)
     try:
         places = {name: Place(name) for name in checkpoint.tensors} if named_as_module else table.map_file(checkpoint.tensors)
     except KeyTableError as error:

@@ -131,7 +131,9 @@ def _same_latents(variant_id: str, detection: Detection) -> bool:
         family, variant = family_of(variant_id)
     except VideoTrainerError:
         return False
-    return family is detection.family and family.latent(variant) == detection.family.latent(detection.variant)
+    if family is not detection.family or family.latent(variant) != family.latent(detection.variant):
+        return False
+    return any(vae.fits(variant) and vae.fits(detection.variant) for vae in family.vaes)
 
 
 def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -> Iterator[Problem]:

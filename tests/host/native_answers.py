@@ -184,6 +184,22 @@ def _conditioning(model: Any, given: Mapping[str, torch.Tensor], prefix: str = "
     return found
 
 
+def _vae_both_ways(modules: Modules, base: Mapping[str, Any], inputs: str, output: str) -> Any:
+    """{"latents", "pixels"} of ComfyUI's VAE for `inputs`' pixels_BCFHW in [-1, 1] and normalised latents_BCFHW, one clip.
+
+    What a decoder draws it draws after the seed 0.
+    """
+    family, variant = modules("trainers.family").family_of(base["variant"])
+    vae = modules("nodes.native").load_vae(Path(base["vae"]), family, variant)
+    given, latent_format = load_file(inputs), modules("nodes.native").latent_format(family.comfyui(variant))
+    encoded = vae.encode(given["pixels_BCFHW"][0].permute(1, 2, 3, 0).add(1.0).div(2.0))
+    torch.manual_seed(0)
+    pixels_BFHWC = vae.decode(latent_format.process_out(given["latents_BCFHW"]))
+    pixels_BCFHW = pixels_BFHWC.reshape(1, *pixels_BFHWC.shape[-4:]).permute(0, 4, 1, 2, 3).mul(2.0).sub(1.0)
+    save_file({"latents": latent_format.process_in(encoded).contiguous(), "pixels": pixels_BCFHW.contiguous()}, output)
+    return {"class": type(vae.first_stage_model).__name__, "dtype": str(vae.vae_dtype)}
+
+
 def _with_lora(model: Any, lora: str | None) -> Any:
     """The model with a LoRA by core's own loader."""
     import comfy.sd
@@ -198,6 +214,13 @@ def _model(modules: Modules, base: Mapping[str, Any], weight_dtype: str | None) 
         return _run(modules, "LoadTransformer", base, weight_dtype)[0]
     family = modules("trainers.family").families()[base["family"]]
     return modules("nodes.native").load_transformer(Path(base["transformer"]), family, {"dtype": torch.float32})
+
+
+def _node_sigmas(modules: Modules, module: str, node: str, arguments: Mapping[str, Any], latent: list[int] | None = None) -> list[float]:
+    """The noise levels that a scheduler node gives, for a latent of that shape."""
+    given = dict(arguments) | ({"latent": {"samples": torch.zeros(latent)}} if latent else {})
+    (sigmas,) = getattr(importlib.import_module(module), node).execute(**given).args
+    return [float(sigma) for sigma in sigmas]
 
 
 def _weights(modules: Modules, base: Mapping[str, Any], output: str) -> Any:
@@ -342,6 +365,8 @@ _TASKS: dict[str, Callable[..., Any]] = {
     "bare_vae": _bare_vae,
     "clip_vision": _clip_vision,
     "vae_of_another_variant": _vae_of_another_variant,
+    "vae_both_ways": _vae_both_ways,
+    "node_sigmas": _node_sigmas,
     "weights": _weights,
     "encode": _encode,
     "escapes": _escapes,
