@@ -24,6 +24,7 @@ from .dora import Weights, as_dora, with_lengths
 from .errors import KeyTableError, LoraError, Problem
 from .family import Family, LoraTargets
 from .job import LoraSpec
+from .keytable import Fuse, KeyTable
 from .lora_keys import listed
 from .masters import Magnitude, MasterLinear
 from .offload.linear import FrozenLinear
@@ -138,12 +139,25 @@ def dora_problem(checkpoint: Checkpoint, family: Family, spec: LoraSpec) -> Prob
     if not spec.dora:
         return None
     pattern = target_pattern(family.targets, spec.targets)
+    if torn := _partly_targets(pattern, family.lora_keys):
+        rule = f"{torn} is one weight of {family.title}'s files, and a DoRA changes the lengths of all of its rows or of none"
+        return Problem(f"lora.dora is true, lora.targets is {spec.targets}", rule, "Set lora.targets to attention+feed_forward.")
     packed = {name.removesuffix(".weight"): stored.dtype for name, stored in checkpoint.tensors.items() if stored.dtype.itemsize == 1}
     found = {name: dtype for name, dtype in packed.items() if any(re.fullmatch(pattern, module) for module in _modules(name, family))}
     if not found:
         return None
     dtype = str(next(iter(found.values()))).removeprefix("torch.")
     return _not_dense(f"lora.dora is true and {checkpoint.path.name} stores {len(found)} of the layers it trains as {dtype}")
+
+
+def _partly_targets(pattern: str, table: KeyTable) -> str | None:
+    """A native weight of which some members are targets and others are not."""
+    for row in table.rows:
+        if isinstance(row, Fuse):
+            members = [bool(re.fullmatch(pattern, name.replace("{}", "0"))) for name in row.diffusers]
+            if any(members) and not all(members):
+                return row.native.replace("{}", "0")
+    return None
 
 
 def _modules(name: str, family: Family) -> list[str]:

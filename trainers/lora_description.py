@@ -85,14 +85,14 @@ def describe(path: Path, family: Family | None = None) -> LoraDescription:
     kind, also = _kind(spelled, header)
     names = [place.name for places in members.values() for place in places]
     matches = [_BLOCK.fullmatch(name) for name in names]
-    coverage = tuple(_coverage(names, family))
+    coverage, shares = tuple(_coverage(names, family)), _shares(spelled, header, members)
     return LoraDescription(
         family=family.title,
         kind=kind,
         also=also,
         form=_form(spelled, members),
-        ranks=_ranks(spelled, header),
-        alphas=tuple(sorted(_alphas(spelled, header, path))),
+        ranks=_ranks(spelled, header, shares),
+        alphas=tuple(sorted(_alphas(spelled, header, shares, path))),
         modules=len(names),
         coverage=coverage,
         others=len(names) - sum(item.adapted for item in coverage),
@@ -138,19 +138,36 @@ def _form(spelled: Spelled, members: Mapping[str, Sequence[Place]]) -> str:
     return "peft" if spelled.prefix.startswith("base_model.") else spelled.form
 
 
-def _ranks(spelled: Spelled, header: LoraHeader) -> tuple[int, ...]:
-    pairs = {header.shapes[keys["down"]][0] for keys in spelled.modules.values() if "down" in keys}
+def _ranks(spelled: Spelled, header: LoraHeader, shares: Mapping[str, int]) -> tuple[int, ...]:
+    pairs = {header.shapes[keys["down"]][0] // shares[module] for module, keys in spelled.modules.items() if "down" in keys}
     others = {header.shapes[key][0] for keys in spelled.others.values() for key in keys if _RANK_KEYS.fullmatch(key)}
     return tuple(sorted(pairs | others))
 
 
-def _alphas(spelled: Spelled, header: LoraHeader, path: Path) -> set[float]:
+def _alphas(spelled: Spelled, header: LoraHeader, shares: Mapping[str, int], path: Path) -> set[float]:
     """Those that were folded into B, else those of the file; alpha = rank for a pair without one."""
     record = unfold_record(header.metadata, path).get("alpha", {})
     if folded := set(record.values()) if isinstance(record, dict) else {record}:
         return folded
-    found = set(header.alphas.values())
-    return found | {float(header.shapes[keys["down"]][0]) for keys in spelled.modules.values() if "down" in keys and "alpha" not in keys}
+    found = {header.alphas[keys["alpha"]] / shares.get(module, 1) for module, keys in spelled.modules.items() if "alpha" in keys}
+    without = [module for module, keys in spelled.modules.items() if "down" in keys and "alpha" not in keys]
+    return found | {float(header.shapes[spelled.modules[module]["down"]][0] // shares[module]) for module in without}
+
+
+def _shares(spelled: Spelled, header: LoraHeader, members: Mapping[str, Sequence[Place]]) -> dict[str, int]:
+    """How many members' ranks make up that of each pair, as far as shapes tell.
+
+    A pair over a fused weight may be one LoRA of that rank, or its members' side by side: these, where the others then have
+    the same rank, or where there are no others.
+    """
+    ranks = {module: header.shapes[keys["down"]][0] for module, keys in spelled.modules.items() if "down" in keys}
+    single = {rank for module, rank in ranks.items() if len(members[module]) == 1}
+    found = {}
+    for module, rank in ranks.items():
+        counts = [count for count in range(len(members[module]), 1, -1) if rank % count == 0]
+        fitting = [count for count in counts if rank // count in single]
+        found[module] = 1 if rank in single else next(iter(fitting), 1) if single else next(iter(counts), 1)
+    return found
 
 
 def _coverage(names: Sequence[str], family: Family) -> Iterator[Coverage]:
