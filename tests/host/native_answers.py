@@ -212,8 +212,15 @@ def _model(modules: Modules, base: Mapping[str, Any], weight_dtype: str | None) 
     """What LoadTransformer gives; without `weight_dtype` in float32."""
     if weight_dtype is not None:
         return _run(modules, "LoadTransformer", base, weight_dtype)[0]
-    family = modules("trainers.family").families()[base["family"]]
-    return modules("nodes.native").load_transformer(Path(base["transformer"]), family, {"dtype": torch.float32})
+    path, family = Path(base["transformer"]), modules("trainers.family").families()[base["family"]]
+    if path not in _LAST_MODEL:
+        _LAST_MODEL.clear()
+        _LAST_MODEL[path] = modules("nodes.native").load_transformer(path, family, {"dtype": torch.float32})
+    return _LAST_MODEL[path].clone()
+
+
+_LAST_MODEL: dict[Path, Any] = {}
+"""The bare model that was asked last: what is put on it is put on a clone, as graphs do."""
 
 
 def _node_sigmas(modules: Modules, module: str, node: str, arguments: Mapping[str, Any], latent: list[int] | None = None) -> list[float]:
