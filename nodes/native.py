@@ -108,7 +108,10 @@ def load_text_encoders(paths: Sequence[Path], family: Family, variant: Variant) 
     names, folders = family.comfyui(variant), [_transformers_folder(path) for path in paths]
     if names.t5 and len(folders) == 1 and folders[0]:
         return _load_t5(folders[0], names)
-    files = [file for path, folder in zip(paths, folders, strict=True) for file in (folder.files() if folder else (path,))]
+    parts = [folder.files() if folder else (path,) for path, folder in zip(paths, folders, strict=True)]
+    if names.t5 is None and any(folders):
+        return _load_llama_and_clip(parts, names)
+    files = [file for part in parts for file in part]
     if names.t5 and names.t5.tokenizer_in_file and _SPIECE_MODEL not in open_tensor_file(files[0]).tensors:
         raise _no_tokenizer(files[0])
     return comfy.sd.load_clip(
@@ -164,6 +167,29 @@ def _no_tokenizer(path: Path) -> CheckpointError:
             "Choose a file made for ComfyUI (umt5_xxl_...), or the folder of a diffusers model.",
         )
     )
+
+
+def _load_llama_and_clip(parts: Sequence[Sequence[Path]], names: ComfyNames) -> Any:
+    """ComfyUI's CLIP of Llama and CLIP-L, each from its files in transformers' layout (or ComfyUI's)."""
+    return comfy.sd.load_text_encoder_state_dicts(
+        [llama_or_clip_names(_read(files)[0]) for files in parts],
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=getattr(comfy.sd.CLIPType, names.clip_type),
+    )
+
+
+def llama_or_clip_names(state: State) -> State:
+    """A Llama (by itself or inside a Llava, whose image half is left out) or a CLIP text model under ComfyUI's names.
+
+    transformers has named them differently over time, with and without what the model is wrapped in.
+    """
+    for prefix in ("model.language_model.", "language_model.model."):
+        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if inside:
+            return {f"model.{name}": tensor for name, tensor in inside.items()}
+    bare = {"layers.0.input_layernorm.weight": "model.", "encoder.layers.0.layer_norm1.weight": "text_model."}
+    prefix = next((prefix for name, prefix in bare.items() if name in state), "")
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def _load_t5(folder: TransformersFolder, names: ComfyNames) -> Any:

@@ -52,8 +52,9 @@ def _sigmas(modules: Any, steps: list[int]) -> dict[str, list[float]]:
 def _text(modules: Any, folder: str, llama: Mapping[str, Any], clip: Mapping[str, Any], prompts: list[str]) -> list[list[str]]:
     """Cond and pooled output of each prompt, by CLIPTextEncode and by the node of image to video (interleave 2 and 4).
 
-    `folder` holds llama.safetensors, clip_l.safetensors, image_rows (what the image encoder gives) and llama's tokenizer:
-    this ComfyUI may lack the file of its own. The answer, in `folder`/answer, is named "<prompt> <kind> text" and "... pooled".
+    `folder` holds llama, llava and clip.safetensors as transformers writes them, image_rows (what the image encoder gives)
+    and llama's tokenizer: this ComfyUI may lack the file of its own. The answer, in `folder`/answer, is named
+    "<prompt> <kind> text" and "... pooled".
     """
     import comfy.sd
     from comfy.text_encoders import hunyuan_video
@@ -69,7 +70,12 @@ def _text(modules: Any, folder: str, llama: Mapping[str, Any], clip: Mapping[str
 
     hunyuan_video.LLAMA3Tokenizer.__init__ = init
     target = SimpleNamespace(clip=hunyuan_video.hunyuan_video_clip(torch.float32), tokenizer=hunyuan_video.HunyuanVideoTokenizer, params={})
-    files = [load_file(Path(folder) / name) for name in ("llama.safetensors", "clip_l.safetensors")]
+    rename = modules("nodes.native").llama_or_clip_names
+    language, whole, files_of_clip = (
+        load_file(Path(folder) / name) for name in ("llama.safetensors", "llava.safetensors", "clip.safetensors")
+    )
+    files = [rename(whole), rename(files_of_clip)]
+    assert files[0].keys() == rename(language).keys() == rename(rename(language)).keys()
     options = {"llama_model_config": dict(llama), "clip_l_model_config": dict(clip), "dtype": torch.float32}
     loaded = comfy.sd.CLIP(target, state_dict=files, model_options=options, parameters=1)
     seen = SimpleNamespace(mm_projected=load_file(Path(folder) / "image_rows")["rows"][None])

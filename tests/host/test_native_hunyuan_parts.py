@@ -71,9 +71,9 @@ def test_text_from_a_diffusers_folder_is_comfyui_s_conditioning(comfyui: ComfyUI
         "image": Folder((llama_tokenizer(), clip_tokenizer), (whole, text_model), processor),
     }
     llama_tokenizer().save_pretrained(tmp_path)
-    save_file({f"model.{name}": tensor.contiguous() for name, tensor in language.state_dict().items()}, tmp_path / "llama.safetensors")
-    names = {name if name.startswith("text_model.") else f"text_model.{name}": tensor for name, tensor in text_model.state_dict().items()}
-    save_file({name: tensor.contiguous() for name, tensor in names.items()}, tmp_path / "clip_l.safetensors")
+    for name, model in {"llama": language, "llava": whole, "clip": text_model}.items():
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
     pixels = processor(images=image().numpy(), do_rescale=False, return_tensors="pt").pixel_values
     rows = whole.get_image_features(pixels).pooler_output[0]
     save_file({"rows": rows.contiguous()}, tmp_path / "image_rows")
