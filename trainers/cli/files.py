@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..family import Family, Variant
     from .verbs import Verbs
 
+DEFAULT_VARIANT = "wan2.1-t2v-1.3b"
+"""Whose sizes a data set is looked at with when no model is named."""
 FORMS = ("native", "diffusers", "kohya")
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_encoder", "image_processor")
 
@@ -228,9 +230,9 @@ def _scan(options: argparse.Namespace) -> Dataset:
 
 
 def _model(options: argparse.Namespace, default: bool) -> tuple[Family, Variant]:
-    """The family and variant that the options name, or, with `default`, the first that is known."""
+    """The family and variant that the options name, or, with `default`, that of DEFAULT_VARIANT."""
     from ..checkpoint import Checkpoint
-    from ..family import detect, families, family_of
+    from ..family import detect, family_of
 
     if options.variant and not options.transformer:
         return family_of(options.variant)
@@ -241,5 +243,4 @@ def _model(options: argparse.Namespace, default: bool) -> tuple[Family, Variant]
         raise VideoTrainerError(
             str(Problem("no model is given", "clips are encoded for one model", "Give --base, --transformer or --variant."))
         )
-    family = next(iter(families().values()))
-    return family, family.variants[0]
+    return family_of(DEFAULT_VARIANT)
