@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def main(pack: str, tasks: list[dict[str, Any]]) -> list[Any]:
 
 
 def _answer(pack: str, family: str, refused: bool = False, **arguments: Any) -> Any:
+    import comfy.model_management
+
     make = {"wan": _wan, "ltx": _ltx}[family]
+    comfy.model_management.unload_all_models()  # one task leaves nothing to the next
     try:
         return make(pack, **arguments)
     except Exception as error:
@@ -41,62 +45,54 @@ def _wan(
     vae: str,
     inputs: str,
     steps: list[dict[str, Any]],
-    output: str = "",
+    output: str,
     tight: bool = False,
-    options: Mapping[str, str] | None = None,
-    latent: bool = False,
+    dtype: str = "float32",
+    between: bool = False,
+    latent: list[int] | None = None,
 ) -> Any:
-    """One Euler step from SIGMA to 0 with the LoRAs of `steps`, in this order; `tight`: nothing fits into memory."""
-    native, families = (importlib.import_module(f"{pack}.{module}") for module in ("nodes.native", "trainers.family"))
-    family = families.families()["wan"]
-    model = native.load_transformer(Path(transformer), family, {"dtype": torch.float32, **_dtypes(options)})
-    given = load_file(inputs)
-    graph = _Graph(pack, model, native.load_vae(Path(vae), family), given)
-    graph.latent = {"samples": torch.zeros_like(given["noise"])} if latent else None
-    with _log() as lines:
+    """One Euler step from SIGMA to 0 with the LoRAs of `steps`, in this order; `tight`: nothing fits into memory.
+
+    With `between` the model is also sampled after each step, and in the end as it was loaded: models that share their weights.
+    """
+    model, given = _wan_model(pack, transformer, dtype), load_file(inputs)
+    graph = _Graph(pack, model, _wan_vae(pack, vae), given)
+    graph.latent = None if latent is None else {"samples": torch.zeros(latent)}
+    with _log() as lines, _memory(tight):
         for step in steps:
             graph.apply(**step)
-        with _memory(tight):
-            samples = graph.sample(given["noise"])
-    found = {"x0": graph.model.model.process_latent_in(samples), **graph.control()}
+            if between:
+                graph.sample(graph.model, given["noise"])
+        found = {"x0": graph.sample(graph.model, given["noise"]), **graph.control()}
+        partial = graph.model.model.model_lowvram
+        if between:
+            found["bare"] = graph.sample(model, given["noise"])
+    for name in found.keys() - {"control"}:
+        found[name] = model.model.process_latent_in(found[name])
     save_file({name: tensor.clone().contiguous() for name, tensor in found.items()}, output)
-    module = graph.model.model.diffusion_model.patch_embedding
-    return {
-        "reports": graph.reports,
-        "log": lines,
-        "partial": graph.model.model.model_lowvram,
-        "functions": len(getattr(module, "weight_function", [])),
-        "dtypes": sorted({str(tensor.dtype) for tensor in graph.model.model.diffusion_model.state_dict().values()}),
-        "latent": list(graph.given["noise"].shape if graph.latent is None else graph.latent["samples"].shape),
-    }
+    dtypes = sorted({str(tensor.dtype) for tensor in model.model.diffusion_model.state_dict().values()})
+    return {"reports": graph.reports, "log": lines, "partial": partial, "dtypes": dtypes}
 
 
-def _ltx(pack: str, transformer: str, inputs: str, steps: list[dict[str, Any]], output: str = "", tight: bool = False) -> Any:
+def _ltx(
+    pack: str, transformer: str, inputs: str, steps: list[dict[str, Any]], output: str, tight: bool = False, latent: list[int] | None = None
+) -> Any:
     """The same with a guide, cropped afterwards; `x0` is what was sampled, with the guide behind it."""
-    import comfy.sd
     from comfy_extras.nodes_lt import LTXVConditioning, LTXVCropGuides
 
-    model = comfy.sd.load_diffusion_model(transformer, model_options={"dtype": torch.float32})
-    given = load_file(inputs)
+    model, given = _ltx_model(transformer), load_file(inputs)
     graph = _Graph(pack, model, _ltx_vae(), given)
     graph.positive, graph.negative = LTXVConditioning.execute(graph.positive, graph.negative, FPS).args
-    with _log() as lines:
+    graph.latent = None if latent is None else {"samples": torch.zeros(latent)}
+    with _log() as lines, _memory(tight):
         for step in steps:
             graph.apply(**step)
-        before = graph.latent["samples"].shape
-        with _memory(tight):
-            samples = graph.sample(given["noise"])
-    latent = {**graph.latent, "samples": samples}
-    positive, _, cropped = LTXVCropGuides.execute(graph.positive, graph.negative, latent).args
+        samples = graph.sample(graph.model, given["noise"])
+    positive, _, cropped = LTXVCropGuides.execute(graph.positive, graph.negative, {**graph.latent, "samples": samples}).args
     found = {"x0": samples, "guide": graph.latent["samples"], "cropped": cropped["samples"]}
     save_file({name: tensor.clone().contiguous() for name, tensor in found.items()}, output)
-    return {
-        "reports": graph.reports,
-        "log": lines,
-        "partial": model.model.model_lowvram,
-        "latent": list(before),
-        "guides left": positive[0][1].get("keyframe_idxs") is not None,
-    }
+    left = positive[0][1].get("keyframe_idxs") is not None
+    return {"reports": graph.reports, "log": lines, "partial": model.model.model_lowvram, "guides left": left}
 
 
 class _Graph:
@@ -128,7 +124,7 @@ class _Graph:
         self.model, self.positive, self.negative, self.latent = answer.args
         self.reports.append(answer.ui["text"][0])
 
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+    def sample(self, model: Any, noise: torch.Tensor) -> torch.Tensor:
         """One step to a clean video, CFG 1: by core's sampler, with all that core does on the way."""
         import comfy.sample
         import comfy.samplers
@@ -138,7 +134,7 @@ class _Graph:
         noise = torch.nn.functional.pad(noise, (0, 0, 0, 0, 0, start.shape[2] - noise.shape[2]))
         sigmas, euler = torch.tensor([SIGMA, 0.0]), comfy.samplers.sampler_object("euler")
         wires = (self.positive, self.negative, start)
-        return comfy.sample.sample_custom(self.model, noise, 1.0, euler, sigmas, *wires, noise_mask=mask, disable_pbar=True)
+        return comfy.sample.sample_custom(model, noise, 1.0, euler, sigmas, *wires, noise_mask=mask, disable_pbar=True)
 
     def control(self) -> dict[str, torch.Tensor]:
         """The control in the conditioning, normalised as the model sees it."""
@@ -148,10 +144,26 @@ class _Graph:
         return {"control": torch.cat([self.model.model.process_latent_in(part) for part in latents.split(16, dim=1)], dim=1)}
 
 
-def _dtypes(options: Mapping[str, str] | None) -> dict[str, Any]:
-    return {name: getattr(torch, value) for name, value in (options or {}).items()}
+@cache
+def _wan_model(pack: str, transformer: str, dtype: str) -> Any:
+    native, families = (importlib.import_module(f"{pack}.{module}") for module in ("nodes.native", "trainers.family"))
+    return native.load_transformer(Path(transformer), families.families()["wan"], {"dtype": getattr(torch, dtype)})
 
 
+@cache
+def _wan_vae(pack: str, vae: str) -> Any:
+    native, families = (importlib.import_module(f"{pack}.{module}") for module in ("nodes.native", "trainers.family"))
+    return native.load_vae(Path(vae), families.families()["wan"])
+
+
+@cache
+def _ltx_model(transformer: str) -> Any:
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model(transformer, model_options={"dtype": torch.float32})
+
+
+@cache
 def _ltx_vae() -> Any:
     """ComfyUI's VAE of LTX-Video, small, with random weights."""
     import comfy.sd
