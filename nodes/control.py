@@ -18,7 +18,7 @@ from .schema import ADVANCED, schema
 
 BY_FILE, IC_LORA = "from the file", "IC-LoRA"
 
-_MODELS: Mapping[str, type] = {"wan": comfy.model_base.WAN21, "ltx": comfy.model_base.LTXV}
+_MODELS: Mapping[str, Any] = {"wan": comfy.model_base.WAN21, "ltx": comfy.model_base.LTXV}
 
 
 class ApplyControlLoRA(io.ComfyNode):
@@ -110,7 +110,7 @@ class ApplyControlLoRA(io.ComfyNode):
             positive, negative = (native_control.with_channels(entry, latents, controls) for entry in (positive, negative))
         else:
             positive, negative, latent = native_control.with_guide(positive, negative, vae, latent, frames_FHWC)
-        lines = [f"{path.name}: {_KINDS[known.kind]} for {known.title} ({known.reason})", matched, told(found, used, grid)]
+        lines = [f"{path.name}: {_KINDS[known.kind]} for {known.title} ({known.reason})", *matched, told(found, used, grid)]
         return io.NodeOutput(patched, positive, negative, latent, ui={"text": ["\n".join([*lines, f"video: {video}", *_notes(known)])]})
 
 
@@ -143,18 +143,19 @@ def _used(found: VideoSize, video: VideoSize, grid: Grid, known: ControlLora) ->
     return VideoSize(video.width, video.height, frames)
 
 
-def _patched(model: Any, known: ControlLora, path: Path, strength: float) -> tuple[Any, str]:
-    """(the model with the LoRA, how many of its layers matched). Raises LoraError when one does not."""
+def _patched(model: Any, known: ControlLora, path: Path, strength: float) -> tuple[Any, list[str]]:
+    """(the model with the LoRA, which of its layers matched). Raises LoraError for a model of another size."""
     stored = host.read_tensors(path)
     grown = known.embedding.keys if known.embedding else set()
     fit = native_lora.fit(model, {known.native[key]: tensor for key, tensor in stored.items() if key not in grown})
-    if fit.unmatched or fit.misfits:
+    if fit.misfits or (fit.total and not fit.matched):
         _refuse(fit, path)
     patched = native_lora.patched(model, fit, strength)
     if known.embedding:
         native_control.grow(patched, stored, known.embedding, strength)
-    layers = fit.total + bool(known.embedding)
-    return patched, f"{fit.matched + bool(known.embedding)} of {layers} layers matched, strength {strength:g}"
+    more = bool(known.embedding)
+    told = [f"{fit.matched + more} of {fit.total + more} layers matched, strength {strength:g}"]
+    return patched, told + [f"not used: {name}" for name in fit.unmatched[:5]]
 
 
 def _refuse(fit: native_lora.Fit, path: Path) -> None:
@@ -162,7 +163,7 @@ def _refuse(fit: native_lora.Fit, path: Path) -> None:
         name, layer, lora = fit.misfits[0]
         value = f"{path.name} is for a model of another size: {name} is {layer} in the model, {lora} in the LoRA"
     else:
-        value = f"{len(fit.unmatched)} of the {fit.total} layers of {path.name} are not in this model ({fit.unmatched[0]} ...)"
+        value = f"none of the {fit.total} layers of {path.name} is in this model ({fit.model})"
     raise LoraError(str(Problem(value, "a control LoRA fits the model that it was trained on", "Load that model.")))
 
 

@@ -49,7 +49,8 @@ class GrownPatchEmbedding(comfy.ops.manual_cast.Conv3d):
             self.weight = torch.nn.Parameter(grown, requires_grad=False)
 
     def forward(self, x_BCFHW: torch.Tensor) -> torch.Tensor:
-        functions, self.weight_function = self.weight_function, []
+        functions: list[Any] = self.weight_function
+        self.weight_function = []
         try:
             weight, bias, held = comfy.ops.cast_bias_weight(self, x_BCFHW, offloadable=True)
         finally:
@@ -104,13 +105,16 @@ def empty(*shape: int) -> dict[str, torch.Tensor]:
 def with_guide(positive: Any, negative: Any, vae: Any, latent: dict[str, Any], frames_FHWC: torch.Tensor) -> tuple[Any, Any, Any]:
     """(positive, negative, LATENT) with a reference beside the video, as ComfyUI's own node for guides adds it.
 
-    Raises ValueError when there is a guide already: ComfyUI could not tell afterwards how much to crop.
+    Raises ValueError when there is a guide already: ComfyUI could not tell afterwards how much to crop; and for several videos.
     """
     from comfy_extras.nodes_lt import LTXVAddGuide
 
     if any(entry[1].get(GUIDES) is not None for entry in [*positive, *negative]):
         rule = "there can be one reference, from the first frame on"
         raise ValueError(str(Problem("the conditioning has a guide already", rule, "Wire the conditioning from before the other guide.")))
+    if (videos := latent["samples"].shape[0]) != 1:
+        rule = "a reference goes with one"
+        raise ValueError(str(Problem(f"the latent holds {videos} videos", rule, "Set batch_size to 1.")))
     return tuple(LTXVAddGuide.execute(positive, negative, vae, latent, frames_FHWC, frame_idx=0, strength=1.0).args)
 
 
