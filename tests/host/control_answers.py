@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,8 +54,8 @@ def _wan(
 
     With `between` the model is also sampled after each step, and in the end as it was loaded: models that share their weights.
     """
-    model, given = _wan_model(pack, transformer, dtype), load_file(inputs)
-    graph = _Graph(pack, model, _wan_vae(pack, vae), given)
+    model, given = _model(transformer, dtype), load_file(inputs)
+    graph = _Graph(pack, model, _wan_vae(vae), given)
     graph.latent = None if latent is None else {"samples": torch.zeros(latent)}
     with _log() as lines, _memory(tight):
         for step in steps:
@@ -80,7 +79,7 @@ def _ltx(
     """The same with a guide, cropped afterwards; `x0` is what was sampled, with the guide behind it."""
     from comfy_extras.nodes_lt import LTXVConditioning, LTXVCropGuides
 
-    model, given = _ltx_model(transformer), load_file(inputs)
+    model, given = _model(transformer, "float32"), load_file(inputs)
     graph = _Graph(pack, model, _ltx_vae(), given)
     graph.positive, graph.negative = LTXVConditioning.execute(graph.positive, graph.negative, FPS).args
     graph.latent = None if latent is None else {"samples": torch.zeros(latent)}
@@ -106,7 +105,7 @@ class _Graph:
         self.reports: list[str] = []
 
     def apply(self, path: str, strength: float = 1.0, by: str = "control", kind: str = "from the file", control: str = "control") -> None:
-        """One LoRA, by our node or by core's loader and, with a control, core's conditioning."""
+        """One LoRA: by the node for controls, by Apply LoRA, or by core's loader and, with a control, core's conditioning."""
         import comfy.sd
         import comfy.utils
         from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
@@ -117,6 +116,10 @@ class _Graph:
             if control:
                 wires = (self.positive, self.negative, self.given[control], self.vae)
                 self.positive, self.negative, self.latent = InstructPixToPixConditioning.execute(*wires).args
+            return
+        if by == "apply":
+            node = importlib.import_module(f"{self.pack}.nodes.lora").ApplyLoRA.PREPARE_CLASS_CLONE(None)
+            self.model = node.execute(self.model, path, strength).args[0]
             return
         node = importlib.import_module(f"{self.pack}.nodes.control").ApplyControlLoRA.PREPARE_CLASS_CLONE(None)
         wires = (self.model, self.positive, self.negative, self.vae, self.given[control])
@@ -145,22 +148,18 @@ class _Graph:
 
 
 @cache
-def _wan_model(pack: str, transformer: str, dtype: str) -> Any:
-    native, families = (importlib.import_module(f"{pack}.{module}") for module in ("nodes.native", "trainers.family"))
-    return native.load_transformer(Path(transformer), families.families()["wan"], {"dtype": getattr(torch, dtype)})
-
-
-@cache
-def _wan_vae(pack: str, vae: str) -> Any:
-    native, families = (importlib.import_module(f"{pack}.{module}") for module in ("nodes.native", "trainers.family"))
-    return native.load_vae(Path(vae), families.families()["wan"])
-
-
-@cache
-def _ltx_model(transformer: str) -> Any:
+def _model(path: str, dtype: str) -> Any:
     import comfy.sd
 
-    return comfy.sd.load_diffusion_model(transformer, model_options={"dtype": torch.float32})
+    return comfy.sd.load_diffusion_model(path, model_options={"dtype": getattr(torch, dtype)})
+
+
+@cache
+def _wan_vae(path: str) -> Any:
+    import comfy.sd
+    import comfy.utils
+
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(path))
 
 
 @cache

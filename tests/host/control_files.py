@@ -14,6 +14,7 @@ from tiny import WAN, TinyShape, random_transformer, write_transformer
 
 from trainers.checkpoint import Checkpoint
 from trainers.demo import demo
+from trainers.family import detect_vae
 from trainers.load import load_vae
 
 RANK = 4
@@ -101,7 +102,8 @@ def write_wan(folder: Path) -> dict[str, Path]:
 
 def control_latents(frames_FHWC: torch.Tensor) -> torch.Tensor:
     """(1, C, F, H, W), normalised, by diffusers' VAE."""
-    vae = load_vae(Checkpoint.open(demo.VAE, "vae"), WAN, "cpu")
+    checkpoint = Checkpoint.open(demo.VAE, "vae")
+    vae = load_vae(checkpoint, detect_vae(checkpoint, WAN), "cpu")
     with torch.no_grad():
         return WAN.encode_video(vae, frames_FHWC.permute(3, 0, 1, 2)[None] * 2 - 1)
 

@@ -25,6 +25,8 @@ NONE = {"path": "depth", "strength": 0.0}
 IC_LORA = {"path": "comfyui"}
 STYLED = {"style": 0.5, "depth": 1.0}
 
+BETWEEN = [STYLE, DEPTH, TILE, {"path": "style", "by": "apply", "strength": 0.25}]
+
 EXPECTED: dict[str, tuple[list[dict[str, Any]], dict[str, float], tuple[str, ...]]] = {
     "depth": ([DEPTH], {"depth": 1.0}, ("control",)),
     "half": ([{**DEPTH, "strength": 0.5}], {"depth": 0.5}, ("control",)),
@@ -59,8 +61,8 @@ def tasks() -> dict[str, dict[str, Any]]:
     asked = {name: {"steps": steps} for name, (steps, _, _) in EXPECTED.items()}
     asked |= {f"{name}, tight": {**task, "tight": True} for name, task in asked.items()}
     asked |= {
-        "sampled between": {"steps": [STYLE, DEPTH, TILE], "between": True},
-        "sampled between, tight": {"steps": [STYLE, DEPTH, TILE], "between": True, "tight": True},
+        "sampled between": {"steps": BETWEEN, "between": True},
+        "sampled between, tight": {"steps": BETWEEN, "between": True, "tight": True},
         "core": {"steps": [{**DEPTH, "by": "core"}]},
         "core, tight": {"steps": [{**DEPTH, "by": "core"}], "tight": True, "refused": True},
         "fp8": {"steps": [{"path": "tile"}], "dtype": "float8_e4m3fn"},
@@ -139,6 +141,7 @@ def test_core_alone_agrees_but_cannot_when_nothing_fits_into_memory(answers: Ans
 def test_models_that_share_their_weights_do_not_disturb_each_other(answers: Answers, name: str):
     """Each LoRA is applied to a model whose weights are patched at that moment; the bare model is the bare model again."""
     _, loras, controls = EXPECTED["two controls"]
+    loras = {**loras, "style": 0.75}
     assert relative(answers.velocity(name), files.wan_velocity(answers.wan, loras, *controls)) < TOLERANCE
     assert relative(answers.velocity(name, "bare"), files.wan_velocity(answers.wan, {})) < TOLERANCE
 
