@@ -59,7 +59,10 @@ def _wan(
     graph.latent = None if latent is None else {"samples": torch.zeros(latent)}
     with _log() as lines, _memory(tight):
         for step in steps:
+            if "back" in step:
+                graph.back_to(step.pop("back"))
             graph.apply(**step)
+            graph.branches.append((graph.model, graph.positive, graph.negative, graph.latent))
             if between:
                 graph.sample(graph.model, given["noise"])
         found = {"x0": graph.sample(graph.model, given["noise"]), **graph.control()}
@@ -103,6 +106,11 @@ class _Graph:
         self.negative = [[0 * given["text"], {}]]
         self.latent: Any = None
         self.reports: list[str] = []
+        self.branches = [(model, self.positive, self.negative, self.latent)]
+
+    def back_to(self, steps: int) -> None:
+        """To where the graph was after the first `steps` LoRAs: from there another branch goes on."""
+        self.model, self.positive, self.negative, self.latent = self.branches[steps]
 
     def apply(self, path: str, strength: float = 1.0, by: str = "control", kind: str = "from the file", control: str = "control") -> None:
         """One LoRA: by the node for controls, by Apply LoRA, or by core's loader and, with a control, core's conditioning."""

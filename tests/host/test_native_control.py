@@ -63,6 +63,7 @@ def tasks() -> dict[str, dict[str, Any]]:
     asked |= {
         "sampled between": {"steps": BETWEEN, "between": True},
         "sampled between, tight": {"steps": BETWEEN, "between": True, "tight": True},
+        "another branch": {"steps": [STYLE, DEPTH, {**TILE, "back": 1}], "between": True},
         "core": {"steps": [{**DEPTH, "by": "core"}]},
         "core, tight": {"steps": [{**DEPTH, "by": "core"}], "tight": True, "refused": True},
         "fp8": {"steps": [{"path": "tile"}], "dtype": "float8_e4m3fn"},
@@ -144,6 +145,11 @@ def test_models_that_share_their_weights_do_not_disturb_each_other(answers: Answ
     loras = {**loras, "style": 0.75}
     assert relative(answers.velocity(name), files.wan_velocity(answers.wan, loras, *controls)) < TOLERANCE
     assert relative(answers.velocity(name, "bare"), files.wan_velocity(answers.wan, {})) < TOLERANCE
+
+
+def test_a_control_is_applied_to_a_model_while_another_control_of_it_is_in_memory(answers: Answers):
+    expected = files.wan_velocity(answers.wan, {"style": 0.5, "tile": 1.0}, "other")
+    assert relative(answers.velocity("another branch"), expected) < TOLERANCE
 
 
 def test_over_an_fp8_base_the_control_is_in_full_precision(answers: Answers):
