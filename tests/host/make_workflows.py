@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from control_graphs import ltx_control_apply, wan_control_apply
 from graph_builder import BYPASSED, Graph, Node
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,8 @@ def workflows(object_info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "wan21_train.json": _wan21_train,
         "wan21_t2v.json": _wan21_t2v,
         "tiny_wan_train_and_sample.json": _tiny_wan,
+        "wan_control_apply.json": lambda graph: wan_control_apply(graph, (WAN_13B, UMT5, WAN_VAE), WAN_NEGATIVE, _sample),
+        "ltx_control_apply.json": ltx_control_apply,
     }
     made = {}
     for name, make in makers.items():

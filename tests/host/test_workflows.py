@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from comfy_server import Server
+from control_graphs import CONTROL_VIDEO
 from make_workflows import ROOT, text, workflows
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -44,6 +45,7 @@ def _with_models(server: Server) -> Server:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     (server.base_directory / "input" / "my_clips").mkdir(exist_ok=True)
+    (server.base_directory / "input" / CONTROL_VIDEO).touch()
     return server
 
 
