@@ -19,7 +19,9 @@ from make_workflows import ROOT
 WIDTH, HEIGHT = 960, 600
 """A picture is no larger, in pixels."""
 LARGEST_BYTES = 60_000
-_MANUAL = {"wan21_train": ROOT / "web" / "docs" / "train_graph.jpg"}
+_SHOWS_VIDEOS = "tiny_wan_train_and_sample"
+"""Its picture is not of its graph."""
+_ELSEWHERE = {"wan21_train": ROOT / "web" / "docs" / "train_graph.jpg"}
 """Pictures that are also shown elsewhere, larger."""
 _VIEW = (2400, 1500)
 _SETTLE_MS = 1200
@@ -92,11 +94,11 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*")
     parser.add_argument("--opened", type=Path)
     given = parser.parse_args()
-    wanted = given.names or sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    wanted = given.names or sorted({path.stem for path in (ROOT / "workflows").glob("*.json")} - {_SHOWS_VIDEOS})
     for made, png in pictures(Running(given.url), wanted, given.opened):
         _file(made, "jpg").write_bytes(jpeg(png, WIDTH, HEIGHT, LARGEST_BYTES))
-        if made in _MANUAL:
-            _MANUAL[made].write_bytes(jpeg(png, 1600, 1000, 4 * LARGEST_BYTES))
+        if made in _ELSEWHERE:
+            _ELSEWHERE[made].write_bytes(jpeg(png, 1600, 1000, 4 * LARGEST_BYTES))
         if given.opened:
             (given.opened / f"{made}_graph.png").write_bytes(png)
         print(made)

@@ -206,14 +206,15 @@ def ksampler(
 
 def _two_experts(step: Step, sources: Sources, *, steps: int, shift: float, switch: int) -> Wire:
     """Wan 2.2 A14B: the high-noise expert until step `switch`, then the low-noise one."""
-    models = [_shifted(step, sources[name], shift) for name in ("model", "model_low_noise")]
+    titles = {"model": "high noise", "model_low_noise": "low noise"}
+    models = [_shifted(step, sources[name], shift, f"ModelSamplingSD3 ({said})") for name, said in titles.items()]
     latent = sources["latent"]
-    for model, title, begin, end in zip(models, ("High noise", "Low noise"), (0, switch), (switch, 10000), strict=True):
+    for model, said, begin, end in zip(models, titles.values(), (0, switch), (switch, 10000), strict=True):
         first = begin == 0
         sampled = step.node(
             "KSamplerAdvanced",
             334,
-            title=title,
+            title=f"KSampler ({said})",
             add_noise="enable" if first else "disable",
             noise_seed=SEED if first else 0,
             steps=steps,
@@ -257,8 +258,8 @@ def _hunyuan_sampler(step: Step, sources: Sources) -> Wire:
     return decoded, "IMAGE"
 
 
-def _shifted(step: Step, model: Wire, shift: float) -> Wire:
-    return step.node("ModelSamplingSD3", 58, shift=shift, wires={"model": model}), "MODEL"
+def _shifted(step: Step, model: Wire, shift: float, title: str = "") -> Wire:
+    return step.node("ModelSamplingSD3", 58, shift=shift, title=title, wires={"model": model}), "MODEL"
 
 
 def _decoded(step: Step, sources: Sources, samples: Wire) -> Wire:
@@ -278,7 +279,7 @@ LTX_FPS = 25.0
 T2V_NOTE = """
 ## Text to video with your LoRA ({title})
 
-1. Get the files below: put each where the list says, then press **R**. Those of *{training}* are the same.
+1. Get the files below: put each where the list says, then press **R**. They are those of *{training}*.
 2. Choose your LoRA in *Step 2*: a file, or `<run>: newest` for the last one of a run, also while it trains. Press **R** when
    it is not in the list yet.
 3. Write a prompt in *Step 4* like your captions, with the trigger words.
@@ -290,7 +291,7 @@ With `none` the same prompt shows the model without the LoRA.
 I2V_NOTE = """
 ## Image to video with your LoRA ({title})
 
-1. Get the files below: put each where the list says, then press **R**. Those of *{training}* are the same.
+1. Get the files below: put each where the list says, then press **R**. They are those of *{training}*.
 2. Choose your LoRA in *Step 2*: a file, or `<run>: newest` for the last one of a run, also while it trains. Press **R** when
    it is not in the list yet.
 3. Choose the image that the video starts with in *Step 3*.
@@ -302,12 +303,13 @@ With `none` the same prompt shows the model without the LoRA.
 
 SWITCH_NOTE = """
 **Two models** share the steps. The first one belongs to noise levels from {boundary} on: with {steps} steps and shift {shift:g} these
-are the steps 0 to {last}. So it ends at step {switch}, where the other one begins. With other steps or another shift move both.
+are the steps 0 to {last}. So its `end_at_step` is {switch}, and the other one's `start_at_step`. Another number of steps, or another
+shift, moves both.
 *Apply LoRA* gives each model the file that was trained for it.
 """
 
 LTX_MORE = "The noise shift depends on the size: *LTXVScheduler* reads it from the latents. Sides in multiples of 32, 8n+1 frames."
-MOCHI_MORE = "Frames: 6n+1. *CLIPLoader* and *VAELoader* take the same files as the training."
+MOCHI_MORE = "Sides in multiples of 16, 6n+1 frames."
 HUNYUAN_I2V_MORE = "`image_interleave` 4 and `v2 (replace)` are what this model was made with, and what Video Trainer trains with."
 
 _STEPS, _SHIFT = 20, 8.0

@@ -29,11 +29,12 @@ class Training:
 
     def draw(self, graph: Graph) -> None:
         graph.note((0, NOTE_TOP), (330, 700), self._note(), "Start here")
-        base, encoders = _base(Step(graph, "Step 1 - Model", 360, 0, 460), self.models)
+        step = Step(graph, "Step 1 - Model", 360, 0, 460)
+        base, encoders = _base(step, self.models)
         clips = Step(graph, "Step 2 - Clips", 840, 0, 460)
         folder = clips.node("VideoTrainer_DatasetFromFolder", 280, folder="my_clips", held_out=0.1)
         dataset = clips.node("VideoTrainer_InspectDataset", 620, max_clips=4, wires={"dataset": (folder, "dataset")}), "dataset"
-        image = self._image(graph) if self.first_frame else {}
+        image = self._image(Step(graph, "First frame of the previews", step.left, step.bottom + 40, 460)) if self.first_frame else {}
         size = Step(graph, "Step 3 - Size", 1320, 0, 360)
         geometry = {"width": self.size.width, "height": self.size.height, "num_frames": self.size.length}
         looks = {name: wire for name, wire in encoders.items() if name == "clip_vision"}
@@ -46,8 +47,7 @@ class Training:
         clips.frame(size.frame(clips.bottom))
         _train(graph, {"base": base, "encoded": encoded, "previews": previews})
 
-    def _image(self, graph: Graph) -> dict[str, Wire]:
-        step = Step(graph, "First frame of the previews", 360, 620, 460)
+    def _image(self, step: Step) -> dict[str, Wire]:
         image = step.node("LoadImage", 326, image=FIRST_FRAME)
         step.frame()
         return {"images": (image, "IMAGE")}
