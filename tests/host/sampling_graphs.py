@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import model_files as files
+import downloads as files
+from downloads import Download, Models, links
 from graph_builder import Graph, Wire
 from graph_layout import NOTE_TOP, Step, frame_row
-from model_files import Download, Models, links
 
 Sources = dict[str, Wire]
 """What later nodes are wired to, by name: model, model_low_noise, clip, vae, clip_vision, positive, negative, latent."""

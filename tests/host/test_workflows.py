@@ -187,6 +187,11 @@ def test_every_chosen_file_has_its_link_and_stands_in_the_note(path: Path):
             assert f"[{name}]({file['url']}) in `models/{file['directory']}`" in note
 
 
+def test_the_readme_lists_them():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert [path.stem for path in WORKFLOWS if f"`{path.stem}`" not in readme] == []
+
+
 @pytest.mark.parametrize(("name", "boundary"), [("wan22_a14b_t2v", 0.875), ("wan22_a14b_i2v", 0.9)])
 def test_two_experts_switch_at_the_boundary_that_they_are_trained_with(name: str, boundary: float):
     nodes = json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))["nodes"]

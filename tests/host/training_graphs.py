@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import model_files as files
+import downloads as files
+from downloads import Models, links
 from graph_builder import BYPASSED, Graph, Wire
 from graph_layout import NOTE_TOP, Step
-from model_files import Models, links
 from sampling_graphs import FIRST_FRAME, LTX_NEGATIVE, PROMPT, WAN_NEGATIVE, Size
 
 
