@@ -100,21 +100,28 @@ def _folders_below(root: Path, levels: int) -> Iterator[Path]:
 def model_choices(kind: str) -> list[str]:
     """Names that a user can choose from: files of ComfyUI's list `kind`, the shards of one model as their folder.
 
-    For transformers ("diffusion_models"), VAEs and text encoders also the whole models below `models/diffusers`.
+    For transformers ("diffusion_models") and VAEs also the checkpoints, which hold both; for these and text encoders the whole
+    models below `models/diffusers`.
     """
-    names = dict.fromkeys(_without_shards(name) for name in folder_paths.get_filename_list(kind))
+    names = dict.fromkeys(_without_shards(name) for of in _lists(kind) for name in folder_paths.get_filename_list(of))
     return [*names, *(name for name, _ in _diffusers_models() if name not in names)]
 
 
 def model_path(kind: str, name: str) -> Path:
     """Where a choice of `model_choices` is. Raises ValueError when it is there no longer."""
-    found = folder_paths.get_full_path(kind, name) or dict(_diffusers_models()).get(name)
-    for folder in folder_paths.get_folder_paths(kind):
+    full = (folder_paths.get_full_path(of, name) for of in _lists(kind))
+    found = next(filter(None, full), None) or dict(_diffusers_models()).get(name)
+    for folder in (folder for of in _lists(kind) for folder in folder_paths.get_folder_paths(of)):
         if found is None and (Path(folder) / name).is_dir():
             found = Path(folder) / name
     if found is None:
         raise ValueError(f"{name} is no longer among ComfyUI's {kind}. Press R to refresh the lists and choose again.")
     return Path(found).absolute()
+
+
+def _lists(kind: str) -> tuple[str, ...]:
+    """ComfyUI's lists in which a file of the kind may be: a checkpoint holds a transformer and its VAE (LTX-Video)."""
+    return (kind, "checkpoints") if kind in ("diffusion_models", "vae") else (kind,)
 
 
 def file_path(kind: str, name: str) -> Path | None:

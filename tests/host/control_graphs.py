@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from downloads import MOCHI, WAN21_T2V, Download, download, links
 from graph_builder import Graph, Node
+from sampling_graphs import WAN_NEGATIVE
 
 CONTROL_VIDEO = "control.mp4"
 """What the graphs load; a user chooses another one."""
 
-_SPACEPXL = "https://huggingface.co/spacepxl/Wan2.1-control-loras/resolve/main/1.3b/tile"
-_LIGHTRICKS = "https://huggingface.co/Lightricks"
-
-Download = Mapping[str, str]
-
-
-def _file(directory: str, folder: str, name: str) -> Download:
-    return {"name": name, "url": f"{folder}/{name}?download=true", "directory": directory}
+TILE = download("spacepxl/Wan2.1-control-loras", "loras", "wan2.1-1.3b-control-lora-tile-v1.1_comfy.safetensors", "1.3b/tile")
+CANNY = download("Lightricks/LTX-Video-ICLoRA-canny-13b-0.9.7", "loras", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
+LTX_13B = download("Lightricks/LTX-Video", "checkpoints", "ltxv-13b-0.9.7-dev.safetensors")
+(T5,) = MOCHI.text_encoders
 
 
-TILE = _file("loras", _SPACEPXL, "wan2.1-1.3b-control-lora-tile-v1.1_comfy.safetensors")
-CANNY = _file("loras", f"{_LIGHTRICKS}/LTX-Video-ICLoRA-canny-13b-0.9.7/resolve/main", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
-LTX_13B = _file("checkpoints", f"{_LIGHTRICKS}/LTX-Video/resolve/main", "ltxv-13b-0.9.7-dev.safetensors")
-T5 = _file("text_encoders", "https://huggingface.co/comfyanonymous/flux_text_encoders/resolve/main", "t5xxl_fp16.safetensors")
-
-
-def wan_control_apply(graph: Graph, files: Sequence[Download], negative_prompt: str, sample: Callable[..., None]) -> None:
-    """Wan with input channels; `files`: transformer, text encoder and VAE; `sample` draws what follows the LoRA."""
-    transformer, text_encoder, vae_file = files
-    graph.note((0, 40), (300, 560), WAN_NOTE + _links(TILE, *files), "Start here")
+def wan_control_apply(graph: Graph) -> None:
+    """Wan with input channels."""
+    transformer, text_encoder, vae_file = files = WAN21_T2V.files
+    graph.note((0, 40), (300, 560), WAN_NOTE + links(TILE, *files), "Start here")
     model = graph.node("UNETLoader", (360, 60), (360, 82), unet_name=transformer["name"], weight_dtype="default", models=[transformer])
     clip = graph.node("CLIPLoader", (360, 200), (360, 106), clip_name=text_encoder["name"], type="wan", models=[text_encoder])
     vae = graph.node("VAELoader", (360, 360), (360, 60), vae_name=vae_file["name"], models=[vae_file])
@@ -44,7 +36,7 @@ def wan_control_apply(graph: Graph, files: Sequence[Download], negative_prompt: 
     blurred = graph.node("ImageBlur", (780, 1110), (360, 82), blur_radius=7, sigma=0.4, wires={"image": control})
     graph.group("Step 2 - Control video, blurred as the tile LoRA was trained", 340, 480, 1160, 1240)
     words = "a kitten playing the piano"
-    positive, negative = _prompts(graph, (780, 60), (clip, "CLIP"), words, negative_prompt)
+    positive, negative = _prompts(graph, (780, 60), (clip, "CLIP"), words, WAN_NEGATIVE)
     graph.group("Step 3 - Prompt", 760, 0, 1160, 440)
     controlled = _control(
         graph,
@@ -57,15 +49,13 @@ def wan_control_apply(graph: Graph, files: Sequence[Download], negative_prompt: 
         control=(blurred, "IMAGE"),
     )
     graph.group("Step 4 - Control LoRA", 1180, 0, 1580, 460)
-    prompt = {"positive": (controlled, "positive"), "negative": (controlled, "negative"), "latent_image": (controlled, "latent")}
-    numbers = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "shift": 8.0, "fps": 16.0}
-    sample(graph, (1620, 60), (controlled, "model"), prompt, (vae, "VAE"), prefix="video/controlled", **numbers)
+    _sample_wan(graph, (1620, 60), controlled, (vae, "VAE"))
     graph.group("Step 5 - Press Run", 1600, 0, 2300, 640)
 
 
 def ltx_control_apply(graph: Graph) -> None:
     """LTX-Video with an IC-LoRA."""
-    graph.note((0, 40), (300, 560), LTX_NOTE + _links(CANNY, LTX_13B, T5), "Start here")
+    graph.note((0, 40), (300, 560), LTX_NOTE + links(CANNY, LTX_13B, T5), "Start here")
     model = graph.node("CheckpointLoaderSimple", (360, 60), (360, 98), ckpt_name=LTX_13B["name"], models=[LTX_13B])
     clip = graph.node("CLIPLoader", (360, 220), (360, 106), clip_name=T5["name"], type="ltxv", models=[T5])
     graph.group("Step 1 - Load models", 340, 0, 740, 440)
@@ -119,6 +109,18 @@ def _control(graph: Graph, position: tuple[int, int], lora: Download, **wires: t
     return graph.node("VideoTrainer_ApplyControlLoRA", position, (360, 370), lora=lora["name"], models=[lora], wires=wires)
 
 
+def _sample_wan(graph: Graph, position: tuple[int, int], controlled: Node, vae: tuple[Node, str]) -> None:
+    """From noise to a saved video: a column for the sampler and what follows, and one for the video."""
+    left, top = position
+    shifted = graph.node("ModelSamplingSD3", (left, top), (300, 58), shift=8.0, wires={"model": (controlled, "model")})
+    numbers = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple", "seed": 1000}
+    given = {name: (controlled, name) for name in ("positive", "negative")} | {"latent_image": (controlled, "latent")}
+    sampled = graph.node("KSampler", (left, top + 100), (300, 262), wires={"model": (shifted, "MODEL"), **given}, **numbers)
+    decoded = graph.node("VAEDecode", (left, top + 410), (300, 46), wires={"samples": (sampled, "LATENT"), "vae": vae})
+    video = graph.node("CreateVideo", (left + 340, top), (320, 78), fps=16.0, wires={"images": (decoded, "IMAGE")})
+    graph.node("SaveVideo", (left + 340, top + 120), (320, 420), filename_prefix="video/controlled", wires={"video": (video, "VIDEO")})
+
+
 def _sample_ltx(graph: Graph, position: tuple[int, int], controlled: Node, vae: tuple[Node, str]) -> None:
     """From noise to a saved video: a column for the sampler and what follows, and one for the video."""
     left, top = position
@@ -146,11 +148,6 @@ def _sample_ltx(graph: Graph, position: tuple[int, int], controlled: Node, vae: 
     decoded = graph.node("VAEDecode", (left + 340, top), (320, 46), wires={"samples": (cropped, "latent"), "vae": vae})
     video = graph.node("CreateVideo", (left + 340, top + 90), (320, 78), fps=25.0, wires={"images": (decoded, "IMAGE")})
     graph.node("SaveVideo", (left + 340, top + 210), (320, 420), filename_prefix="video/controlled", wires={"video": (video, "VIDEO")})
-
-
-def _links(*files: Download) -> str:
-    """A list of downloads, in Markdown."""
-    return "\n".join(f"- [{file['name']}]({file['url']}) in `models/{file['directory']}`" for file in files)
 
 
 WAN_NOTE = """
@@ -182,3 +179,6 @@ control, e.g. depth or poses.
 
 ### Files
 """
+
+
+CONTROL: Mapping[str, Callable[[Graph], None]] = {"wan_control_apply": wan_control_apply, "ltx_control_apply": ltx_control_apply}

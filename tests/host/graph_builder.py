@@ -13,6 +13,11 @@ from typing import Any
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 BYPASSED = 4
 TITLE, SLOT, WIDGET, MARGIN = 30, 20, 24, 16
+PAGE, FREE = (1600, 900), (84, 98)
+"""Pixels of a usual page, and where what covers its upper left corner ends."""
+SMALLEST_SCALE, LARGEST_SCALE = 0.55, 0.7
+_BESIDE = {"control_after_generate": "fixed", "image_upload": "image"}
+"""Widgets that the page adds after one with such an option, and what they hold."""
 
 
 @dataclass
@@ -30,9 +35,14 @@ class Node:
     title: str = ""
     color: str = ""
     models: Sequence[Mapping[str, str]] = ()
+    unfolded: bool = False
 
     def output(self, name: str) -> int:
         return next(i for i, output in enumerate(self.outputs) if output["name"] == name)
+
+
+Wire = tuple[Node, str]
+"""A node and the name of its output."""
 
 
 @dataclass
@@ -56,10 +66,11 @@ class Graph:
         title: str = "",
         color: str = "",
         models: Sequence[Mapping[str, str]] = (),
-        wires: Mapping[str, tuple[Node, str]] | None = None,
+        wires: Mapping[str, Wire] | None = None,
+        unfolded: bool = False,
         **widgets: Any,
     ) -> Node:
-        """Places a node. `wires` are {input: (node, name of its output)}, `widgets` the values that are not the default."""
+        """Places a node. `widgets` are the values that are not the default; `unfolded` shows the advanced ones."""
         info = self.object_info[kind]
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         values: list[Any] = []
@@ -71,15 +82,15 @@ class Graph:
                 slots.append({"name": name, "type": of, "link": None})
                 continue
             values.append(widgets.pop(name, _default(spec)))
-            rows += 0 if options.get("advanced") else 1
+            rows += 0 if options.get("advanced") and not unfolded else 1
             folded = folded or bool(options.get("advanced"))
-            if options.get("control_after_generate"):
-                values.append("fixed")
+            values += [value for option, value in _BESIDE.items() if options.get(option)]
         assert not widgets, f"{kind} has no widgets {sorted(widgets)}"
         outputs = [{"name": name, "type": of, "links": []} for name, of in zip(info["output_name"], info["output"], strict=True)]
         width, height = size
         least = TITLE + SLOT * max(len(slots), len(outputs)) + WIDGET * (rows + folded) + MARGIN
-        node = Node(len(self.nodes) + 1, kind, position, (width, height or least), values, slots, outputs, mode, title, color, models)
+        place = position, (width, height or least)
+        node = Node(len(self.nodes) + 1, kind, *place, values, slots, outputs, mode, title, color, models, unfolded)
         self.nodes.append(node)
         for name, (source, output) in (wires or {}).items():
             self._wire(source, output, node, name)
@@ -107,9 +118,19 @@ class Graph:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.65, "offset": [130, 150]}},
+            "extra": {"ds": self._view()},
             "version": 0.4,
         }
+
+    def _view(self) -> dict[str, Any]:
+        """How a page of 1600 x 900 shows all of it, beside its sidebar and below its tabs, if it can still be read then."""
+        boxes = [group["bounding"] for group in self.groups]
+        boxes += [[node.position[0], node.position[1] - TITLE, node.size[0], node.size[1] + TITLE] for node in self.nodes]
+        left, top = (min(box[i] for box in boxes) for i in (0, 1))
+        room = [(length - begin - 30) / (max(box[i] + box[i + 2] for box in boxes) - first)
+                for i, length, begin, first in ((0, PAGE[0], FREE[0], left), (1, PAGE[1], FREE[1], top))]  # fmt: skip
+        scale = round(max(min(*room, LARGEST_SCALE), SMALLEST_SCALE), 2)
+        return {"scale": scale, "offset": [round(FREE[0] / scale - left), round(FREE[1] / scale - top)]}
 
     def _wire(self, source: Node, output: str, target: Node, name: str) -> None:
         place = source.output(output)
@@ -143,6 +164,7 @@ class Graph:
             "outputs": node.outputs,
             "properties": properties,
             "widgets_values": node.values,
+            **({"showAdvanced": True} if node.unfolded else {}),
             **({"color": node.color, "bgcolor": "#653"} if node.type == "MarkdownNote" else {}),
         }
 
