@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..trainers.checkpoint import Checkpoint
 from ..trainers.errors import CheckpointError, Problem
 from ..trainers.family import Detection, detect, detect_vae, families, family_of
+from ..trainers.text_encoders import encoder_problem
 from . import host, native
 from .prompt import wired_outputs
 from .records import BASE, Base
@@ -88,13 +89,16 @@ class BaseModel(io.ComfyNode):
         assert path is not None
         detection = detect(Checkpoint.open(path), None if variant == FROM_THE_FILE else variant)
         encoders = (chosen_path("text_encoder", text_encoder), chosen_path("text_encoder_2", text_encoder_2))
+        chosen_encoders = [encoder for encoder in encoders if encoder]
+        if problem := encoder_problem(chosen_encoders, detection.family, detection.variant, detection.config):
+            raise CheckpointError(problem)
         base = Base(
             family=detection.family.id,
             variant=detection.variant.id,
             transformer=str(path),
             transformer_low_noise=_text(_checked_expert(chosen_path("transformer_low_noise", transformer_low_noise), detection)),
             vae=_text(_checked_vae(chosen_path("vae", vae), detection)),
-            text_encoders=tuple(str(encoder) for encoder in encoders if encoder),
+            text_encoders=tuple(str(encoder) for encoder in chosen_encoders),
             clip_vision=_text(chosen_path("clip_vision", clip_vision)),
         )
         report = _report(base, detection)

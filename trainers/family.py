@@ -337,6 +337,9 @@ class Family(Protocol):
     def encode_image(self, folder: TextFolder, image_HWC: torch.Tensor) -> torch.Tensor:
         """IMAGE_EMBEDS of an image in 0..1; only asked of variants that require it."""
 
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        """How wide the text rows are that the transformer takes."""
+
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch: ...
 
     def required(self, variant: Variant) -> frozenset[str]:

@@ -116,6 +116,7 @@ def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> I
         )
     elif detection:
         yield from clip_problems(job, detection.family, detection.variant, encoded)
+        yield from _text_problems(encoded, detection)
     yield from encoded.problems()
     if job.caption_dropout and "" not in encoded.prompts and not all(item.text_without_caption for item in encoded.items):
         yield Problem(f"caption_dropout is {job.caption_dropout}", 'the empty caption "" must be encoded', "Encode the data set again.")
@@ -123,6 +124,14 @@ def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> I
         yield Problem(
             "the data set has no clip to train on", "at least one clip must not be held out", "Add clips, or lower the held-out share."
         )
+
+
+def _text_problems(encoded: Encoded, detection: Detection) -> Iterator[Problem]:
+    keys = {item.text for item in encoded.items} | set(encoded.prompts.values())
+    wanted, key = detection.family.text_width(detection.config), min(filter(encoded.cache.has_text, keys), default=None)
+    if key and (width := encoded.cache.text_width(key)) != wanted:
+        rule, remedy = f"{detection.variant.title} takes {wanted}", "Encode it again with the model's own text encoder."
+        yield Problem(f"the captions were encoded as rows {width} wide", rule, remedy)
 
 
 def _same_latents(variant_id: str, detection: Detection) -> bool:
@@ -133,7 +142,7 @@ def _same_latents(variant_id: str, detection: Detection) -> bool:
         return False
     if family is not detection.family or family.latent(variant) != family.latent(detection.variant):
         return False
-    return any(vae.fits(variant) and vae.fits(detection.variant) for vae in family.vaes)
+    return variant == detection.variant or any(vae.fits(variant) and vae.fits(detection.variant) for vae in family.vaes)
 
 
 def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..data.scan import Dataset
     from ..encoders import FirstFrames
     from ..family import Family, Variant
+    from ..folder_encoder import EncoderFiles
     from .verbs import Verbs
 
 FORMS = ("native", "diffusers", "kohya")
@@ -80,6 +81,7 @@ def encode(options: argparse.Namespace) -> None:
     _check_encode(options, family, variant)
     needed = needed_parts(family, variant)
     files = EncoderFiles.find(options.base, needed, **{name: getattr(options, name) for name in ENCODER_PARTS})
+    _check_text_encoder(options, files)
     encoder = FolderEncoder(family, variant, files, options.device)
     prompts = [*options.prompt, *([options.negative] if options.negative else [])]
     first_frames = _first_frames(options, encoder.negative)
@@ -90,6 +92,21 @@ def encode(options: argparse.Namespace) -> None:
     if clips.rejected:
         print(f"{len(clips.rejected)} files in {options.folder} are not used; `dataset` says why")
     print(f"{done}\n{options.out}")
+
+
+def _check_text_encoder(options: argparse.Namespace, files: EncoderFiles) -> None:
+    """Raises CheckpointError for a text encoder of another model, when the transformer is known."""
+    from ..checkpoint import Checkpoint
+    from ..errors import CheckpointError
+    from ..family import detect
+    from ..text_encoders import encoder_problem
+
+    if not options.transformer:
+        return
+    found = detect(Checkpoint.open(options.transformer), options.variant)
+    paths = [path for path in (files.text_encoder, files.text_encoder_2) if path]
+    if problem := encoder_problem(paths, found.family, found.variant, found.config):
+        raise CheckpointError(problem)
 
 
 def _first_frames(options: argparse.Namespace, negative: str) -> FirstFrames | None:

@@ -24,6 +24,7 @@ from .. import journal
 from ..errors import DatasetError, Problem
 from ..family import FIRST_FRAME, FIRST_FRAME_CLIP, IMAGE_EMBEDS, IMAGE_TEXT, LATENTS, TextRecord
 from ..stable_file import save_file
+from ..tensor_files import open_tensor_file
 
 FORMAT_VERSION = 1
 """Part of every key. Raise it when the same file and window would give other pixels or another layout."""
@@ -106,6 +107,10 @@ class Cache:
         """The record of a prompt. Raises DatasetError when the file is missing or damaged."""
         tensors = self._read("text", key)
         return TextRecord(tensors["embeds_LD"], tensors.get("pooled_D"))
+
+    def text_width(self, key: str) -> int:
+        """How wide the rows of an encoded prompt are, by its header. Raises CheckpointError when the file is missing or damaged."""
+        return open_tensor_file(self._path("text", key)).tensors["embeds_LD"].shape[1]
 
     def file_hash(self, path: Path) -> str:
         """sha256 of a file's bytes, read once for every (path, size, time of change). Raises OSError."""

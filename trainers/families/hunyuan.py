@@ -238,6 +238,9 @@ class Hunyuan:
     def encode_image(self, folder: TextFolder, image_HWC: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("images go into the captions here")
 
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        return int(config["text_embed_dim"])
+
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
         """Rows padded with zeros to the longest record, with a mask (B, L, bool) that says which are text."""
         lengths = [record.embeds_LD.shape[0] for record in records]

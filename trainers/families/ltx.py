@@ -308,6 +308,9 @@ class Ltx:
     def encode_image(self, folder: TextFolder, image_HWC: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("no variant here looks at an image")
 
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        return int(config["caption_channels"])
+
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
         """As many rows as the longest record has, zeros after a shorter one; the mask is 1 where a row counts."""
         lengths = [len(record.embeds_LD) for record in records]

@@ -286,6 +286,9 @@ class Mochi:
     def encode_image(self, folder: TextFolder, image_HWC: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("no variant here looks at an image")
 
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        return int(config["text_embed_dim"])
+
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
         """256 rows for each record, zeros after a shorter one, a longer one cut; the mask is True on its own rows."""
         width = records[0].embeds_LD.shape[1]

@@ -186,6 +186,9 @@ class Wan:
         rows_BLD: torch.Tensor = encoder(pixels.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states[-2]
         return rows_BLD[0].cpu()
 
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        return int(config["text_dim"])
+
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
         """Exactly 512 rows for each record: zeros after a shorter one, a longer one cut. No mask."""
         width = records[0].embeds_LD.shape[1]

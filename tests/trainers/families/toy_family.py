@@ -157,6 +157,9 @@ class Toy:
     def encode_image(self, folder: TextFolder, image_HWC: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        return int(config["text_dim"])
+
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
         return TextBatch(nn.utils.rnn.pad_sequence([record.embeds_LD for record in records], batch_first=True).to(device, dtype))
 
