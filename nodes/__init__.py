@@ -10,7 +10,7 @@ class VideoTrainerExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node class, in the order of a user's graph. The panel's routes are added here too: there is no other moment."""
-        from . import dataset, encode, lora, models, routes, train
+        from . import control, dataset, encode, lora, models, routes, train
 
         routes.register()
         return [
@@ -19,4 +19,5 @@ class VideoTrainerExtension(ComfyExtension):
             *encode.NODES,
             *train.NODES,
             *lora.NODES,
+            *control.NODES,
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +76,9 @@ def _misfits(model: Any, patches: Mapping[Any, Any]) -> list[tuple[str, Shape, S
         shape = _shape(patch) if isinstance(key, str) else None
         if shape is None:
             continue
-        weight = comfy.utils.get_attr(model.model, key)
-        if shape != tuple(weight.flatten(1).shape):
-            found.append((key, tuple(weight.shape), shape))
+        layer = _own_shape(model, key)
+        if shape != (layer[0], math.prod(layer[1:])):
+            found.append((key, layer, shape))
     return found
 
 
@@ -104,3 +105,14 @@ def _product(whole: torch.Tensor | None, up: torch.Tensor | None, down: torch.Te
     assert up is not None
     assert down is not None
     return up.shape[0], down.flatten(1).shape[1]
+
+
+def _own_shape(model: Any, key: str) -> Shape:
+    """The shape that ordinary LoRAs know a weight by: not grown by a control LoRA (`native_control`, or ComfyUI's in memory now)."""
+    where, _, name = key.rpartition(".")
+    module = model.get_model_object(where)
+    shape = tuple(getattr(module, name).shape)
+    if own := getattr(module, "own_channels", None) if name == "weight" else None:
+        return (shape[0], own, *shape[2:])
+    kept = model.backup.get(key) if module is comfy.utils.get_attr(model.model, where) else None
+    return tuple(kept.weight.shape) if kept else shape

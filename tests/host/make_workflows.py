@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from control_graphs import draw_ltx_control, draw_wan_control
 from graph_builder import Graph
 from sampling_graphs import SAMPLING
 from tiny_graph import draw_tiny_wan
@@ -36,7 +37,8 @@ def workflows(object_info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _drawn() -> dict[str, Callable[[Graph], None]]:
     training = {name: kind.draw for name, kind in TRAINING.items()}
     sampling = {name: partial(kind.draw, name=name) for name, kind in SAMPLING.items()}
-    return {**training, **sampling, "tiny_wan_train_and_sample": draw_tiny_wan}
+    control = {"wan_control_apply": draw_wan_control, "ltx_control_apply": draw_ltx_control}
+    return {**training, **sampling, **control, "tiny_wan_train_and_sample": draw_tiny_wan}
 
 
 def text(workflow: Mapping[str, Any]) -> str:

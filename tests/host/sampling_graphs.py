@@ -23,6 +23,8 @@ WAN_NEGATIVE = (
 )
 LTX_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 PROMPT = "a kitten playing the piano"
+LTX_PROMPT = "A kitten plays the piano in a sunlit living room. Its paws press the keys one after the other while the camera stays still."
+"""This model wants it told at length."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Sampling:
     def draw(self, graph: Graph, name: str) -> None:
         graph.note((0, NOTE_TOP), (310, 520), self._note(), "Start here")
         loading, choosing = Step(graph, "Step 1 - Load models", 340, 0), Step(graph, "Step 2 - Your LoRA", 760, 0)
-        sources = _load(loading, self.models)
+        sources = load_models(loading, self.models)
         sources |= _apply_lora(choosing, sources)
         top = frame_row(loading, choosing) + 40
         third, fourth = ("First frame", "Prompt and size") if self.first_frame else ("Video size", "Prompt")
@@ -72,7 +74,7 @@ class Sampling:
 # Models and the LoRA
 
 
-def _load(step: Step, models: Models) -> Sources:
+def load_models(step: Step, models: Models) -> Sources:
     """The loaders of ComfyUI."""
     sources = _load_transformers(step, models)
     names = [file["name"] for file in models.text_encoders]
@@ -114,9 +116,9 @@ def _apply_lora(step: Step, sources: Sources) -> Sources:
 # First frames and prompts
 
 
-def _prompts(step: Step, sources: Sources, negative: str) -> Sources:
+def prompts(step: Step, sources: Sources, negative: str, words: str = PROMPT) -> Sources:
     clip = {"clip": sources["clip"]}
-    positive = step.node("CLIPTextEncode", 120, text=PROMPT, title="Prompt", wires=clip)
+    positive = step.node("CLIPTextEncode", 120, text=words, title="Prompt", wires=clip)
     unwanted = step.node("CLIPTextEncode", 130, text=negative, title="Negative prompt", wires=clip)
     return {"positive": (positive, "CONDITIONING"), "negative": (unwanted, "CONDITIONING")}
 
@@ -131,19 +133,19 @@ def _looked_at(step: Step, sources: Sources, image: Wire) -> Wire:
     return step.node("CLIPVisionEncode", 78, crop="none", wires=wires), "CLIP_VISION_OUTPUT"
 
 
-def _some(sources: Sources, *names: str) -> Sources:
+def some(sources: Sources, *names: str) -> Sources:
     return {name: sources[name] for name in names}
 
 
 def _text(begin: Step, prompt: Step, sources: Sources, *, latent: str, size: Size, negative: str) -> Sources:
     noise = begin.node(latent, 130, **vars(size))
-    return {**_prompts(prompt, sources, negative), "latent": (noise, "LATENT")}
+    return {**prompts(prompt, sources, negative), "latent": (noise, "LATENT")}
 
 
 def _wan_image(begin: Step, prompt: Step, sources: Sources, *, size: Size) -> Sources:
     """Wan 2.1 and 2.2 A14B: the first frame beside the noise; 2.1 also looks at it."""
     image = _image(begin)
-    wires = {**_prompts(prompt, sources, WAN_NEGATIVE), **_some(sources, "vae"), "start_image": image}
+    wires = {**prompts(prompt, sources, WAN_NEGATIVE), **some(sources, "vae"), "start_image": image}
     if "clip_vision" in sources:
         wires["clip_vision_output"] = _looked_at(begin, sources, image)
     node = prompt.node("WanImageToVideo", 210, **vars(size), wires=wires)
@@ -151,27 +153,27 @@ def _wan_image(begin: Step, prompt: Step, sources: Sources, *, size: Size) -> So
 
 
 def _wan22_5b(begin: Step, prompt: Step, sources: Sources, *, size: Size, first_frame: bool) -> Sources:
-    wires = {**_some(sources, "vae"), **({"start_image": _image(begin)} if first_frame else {})}
-    sources = _prompts(prompt, sources, WAN_NEGATIVE)
+    wires = {**some(sources, "vae"), **({"start_image": _image(begin)} if first_frame else {})}
+    sources = prompts(prompt, sources, WAN_NEGATIVE)
     latent = (prompt if first_frame else begin).node("Wan22ImageToVideoLatent", 150, **vars(size), wires=wires)
     return {**sources, "latent": (latent, "LATENT")}
 
 
 def _ltx(begin: Step, prompt: Step, sources: Sources, *, size: Size, first_frame: bool) -> Sources:
-    vae = _some(sources, "vae")
+    vae = some(sources, "vae")
     image = _image(begin) if first_frame else None
-    told = _prompts(prompt, sources, LTX_NEGATIVE)
+    told = prompts(prompt, sources, LTX_NEGATIVE, LTX_PROMPT)
     if image:
         node = prompt.node("LTXVImgToVideo", 214, **vars(size), strength=1.0, wires={**told, **vae, "image": image})
         told = {name: (node, name) for name in ("positive", "negative", "latent")}
     else:
         told["latent"] = begin.node("EmptyLTXVLatentVideo", 130, **vars(size)), "LATENT"
-    rated = prompt.node("LTXVConditioning", 78, frame_rate=LTX_FPS, wires=_some(told, "positive", "negative"))
+    rated = prompt.node("LTXVConditioning", 78, frame_rate=LTX_FPS, wires=some(told, "positive", "negative"))
     return {**told, "positive": (rated, "positive"), "negative": (rated, "negative")}
 
 
 def _hunyuan_text(begin: Step, prompt: Step, sources: Sources, *, size: Size) -> Sources:
-    text = prompt.node("CLIPTextEncode", 160, text=PROMPT, title="Prompt", wires=_some(sources, "clip"))
+    text = prompt.node("CLIPTextEncode", 160, text=PROMPT, title="Prompt", wires=some(sources, "clip"))
     latent = begin.node("EmptyHunyuanLatentVideo", 130, **vars(size))
     return {"positive": _hunyuan_guided(prompt, (text, "CONDITIONING")), "latent": (latent, "LATENT")}
 
@@ -179,9 +181,9 @@ def _hunyuan_text(begin: Step, prompt: Step, sources: Sources, *, size: Size) ->
 def _hunyuan_image(begin: Step, prompt: Step, sources: Sources, *, size: Size) -> Sources:
     """I2V v2: the prompt is read with the image, and the first frame takes the place of the noise."""
     image = _image(begin)
-    wires = {**_some(sources, "clip"), "clip_vision_output": _looked_at(begin, sources, image)}
+    wires = {**some(sources, "clip"), "clip_vision_output": _looked_at(begin, sources, image)}
     text = prompt.node("TextEncodeHunyuanVideo_ImageToVideo", 180, prompt=PROMPT, image_interleave=4, title="Prompt", wires=wires)
-    wires = {"positive": (text, "CONDITIONING"), **_some(sources, "vae"), "start_image": image}
+    wires = {"positive": (text, "CONDITIONING"), **some(sources, "vae"), "start_image": image}
     node = prompt.node("HunyuanImageToVideo", 210, **vars(size), guidance_type="v2 (replace)", wires=wires)
     return {"positive": _hunyuan_guided(prompt, (node, "positive")), "latent": (node, "latent")}
 
@@ -198,10 +200,10 @@ def ksampler(
 ) -> Wire:
     """The images of a model under its noise shift; None: the one that ComfyUI gives it."""
     model = _shifted(step, sources["model"], shift) if shift else sources["model"]
-    wires = {**_some(sources, "positive", "negative"), "latent_image": sources["latent"], "model": model}
+    wires = {**some(sources, "positive", "negative"), "latent_image": sources["latent"], "model": model}
     numbers = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": "simple", "seed": SEED}
     sampled = step.node("KSampler", 262, title=title, wires=wires, **numbers)
-    return _decoded(step, sources, (sampled, "LATENT"))
+    return decoded(step, sources, (sampled, "LATENT"))
 
 
 def _two_experts(step: Step, sources: Sources, *, steps: int, shift: float, switch: int) -> Wire:
@@ -224,10 +226,10 @@ def _two_experts(step: Step, sources: Sources, *, steps: int, shift: float, swit
             start_at_step=begin,
             end_at_step=end,
             return_with_leftover_noise="enable" if first else "disable",
-            wires={**_some(sources, "positive", "negative"), "latent_image": latent, "model": model},
+            wires={**some(sources, "positive", "negative"), "latent_image": latent, "model": model},
         )
         latent = sampled, "LATENT"
-    return _decoded(step, sources, latent)
+    return decoded(step, sources, latent)
 
 
 def switch_step(boundary: float, steps: int, shift: float) -> int:
@@ -236,13 +238,18 @@ def switch_step(boundary: float, steps: int, shift: float) -> int:
     return next(i for i, level in enumerate(levels) if shift * level / (1 + (shift - 1) * level) < boundary)
 
 
-def _ltx_sampler(step: Step, sources: Sources) -> Wire:
+def _ltx_decoded(step: Step, sources: Sources) -> Wire:
+    return decoded(step, sources, ltx_sampler(step, sources, some(sources, "latent")))
+
+
+def ltx_sampler(step: Step, sources: Sources, sized: Sources) -> Wire:
+    """Latents; `sized` is what the noise shift is read from, if anything."""
     sampler = step.node("KSamplerSelect", 58, sampler_name="euler"), "SAMPLER"
     numbers = {"steps": 30, "max_shift": 2.05, "base_shift": 0.95, "stretch": True, "terminal": 0.1}
-    sigmas = step.node("LTXVScheduler", 154, wires=_some(sources, "latent"), **numbers), "SIGMAS"
-    wires = {**_some(sources, "model", "positive", "negative"), "sampler": sampler, "sigmas": sigmas, "latent_image": sources["latent"]}
+    sigmas = step.node("LTXVScheduler", 154, wires=sized, **numbers), "SIGMAS"
+    wires = {**some(sources, "model", "positive", "negative"), "sampler": sampler, "sigmas": sigmas, "latent_image": sources["latent"]}
     sampled = step.node("SamplerCustom", 230, add_noise=True, noise_seed=SEED, cfg=3.0, wires=wires)
-    return _decoded(step, sources, (sampled, "output"))
+    return sampled, "output"
 
 
 def _hunyuan_sampler(step: Step, sources: Sources) -> Wire:
@@ -254,16 +261,16 @@ def _hunyuan_sampler(step: Step, sources: Sources) -> Wire:
     wires = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": sources["latent"]}
     sampled = step.node("SamplerCustomAdvanced", 106, wires=wires)
     tiles = {"tile_size": 256, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
-    decoded = step.node("VAEDecodeTiled", 150, wires={"samples": (sampled, "output"), **_some(sources, "vae")}, **tiles)
-    return decoded, "IMAGE"
+    images = step.node("VAEDecodeTiled", 150, wires={"samples": (sampled, "output"), **some(sources, "vae")}, **tiles)
+    return images, "IMAGE"
 
 
 def _shifted(step: Step, model: Wire, shift: float, title: str = "") -> Wire:
     return step.node("ModelSamplingSD3", 58, shift=shift, title=title, wires={"model": model}), "MODEL"
 
 
-def _decoded(step: Step, sources: Sources, samples: Wire) -> Wire:
-    return step.node("VAEDecode", 46, wires={"samples": samples, **_some(sources, "vae")}), "IMAGE"
+def decoded(step: Step, sources: Sources, samples: Wire) -> Wire:
+    return step.node("VAEDecode", 46, wires={"samples": samples, **some(sources, "vae")}), "IMAGE"
 
 
 def save(step: Step, images: Wire, fps: float, name: str, title: str = "") -> None:
@@ -368,7 +375,7 @@ SAMPLING = {
             "ltx_train",
             files.LTX,
             partial(_ltx, size=Size(768, 512, 97), first_frame=task == "i2v"),
-            _ltx_sampler,
+            _ltx_decoded,
             LTX_FPS,
             first_frame=task == "i2v",
             more=LTX_MORE,

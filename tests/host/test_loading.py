@@ -14,7 +14,7 @@ from installation import PACK
 PROMISED = {
     *("BaseModel", "LoadTransformer", "LoadEncoders"),
     *("DatasetFromFolder", "DatasetFromClips", "MergeDatasets", "InspectDataset", "EncodeDataset", "Previews"),
-    *("TrainLoRA", "WaitForRun", "ApplyLoRA"),
+    *("TrainLoRA", "WaitForRun", "ApplyLoRA", "ApplyControlLoRA"),
 }
 """Ids, without their prefix, that saved workflows hold."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from comfy_server import Server
+from control_graphs import CONTROL_VIDEO
 from make_workflows import ROOT, text, workflows
 from sampling_graphs import FIRST_FRAME
 
@@ -66,6 +67,7 @@ def _with_models(server: Server) -> Server:
         path.touch()
     (server.base_directory / "input" / "my_clips").mkdir(exist_ok=True)
     (server.base_directory / "input" / FIRST_FRAME).touch()
+    (server.base_directory / "input" / CONTROL_VIDEO).touch()
     return server
 
 
