@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+
 from typing import Any
 
 from graph_builder import Graph, Node
@@ -55,4 +55,3 @@ def frame_row(*steps: Step) -> int:
     return bottom
 
 
-NewStep = Callable[[str, int, int], Step]
