@@ -137,36 +137,7 @@ class Previews(io.ComfyNode):
                     max=1_000_000,
                     tooltip="Steps between two previews; also before the first step and after the last.",
                 ),
-                io.Int.Input(
-                    "sampling_steps", default=20, min=1, max=200, extra_dict=ADVANCED, tooltip="Steps of the sampler; more take longer."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=5.0,
-                    min=1.0,
-                    max=30.0,
-                    step=0.5,
-                    extra_dict=ADVANCED,
-                    tooltip="How strongly the prompt is followed. 1: no guidance.",
-                ),
-                io.Float.Input(
-                    "shift",
-                    default=0.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.5,
-                    extra_dict=ADVANCED,
-                    tooltip="Shift of the noise levels, as in ComfyUI's ModelSamplingSD3. 0: the model's own.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    control_after_generate=False,  # another seed each time would be another run each time
-                    extra_dict=ADVANCED,
-                    tooltip="Noise of the first video; each further one takes the next seed.",
-                ),
+                *_sampling_inputs(),
                 io.Vae.Input("vae", lazy=True, optional=True, tooltip="The VAE, for models that start from an image."),
                 _clip_vision_input(),
                 io.Image.Input(
@@ -223,6 +194,46 @@ def _size_inputs(width: int, height: int, num_frames: int) -> list[Any]:
     ]
 
 
+def _sampling_inputs() -> list[Any]:
+    return [
+        io.Int.Input(
+            "sampling_steps",
+            default=0,
+            min=0,
+            max=200,
+            extra_dict=ADVANCED,
+            tooltip="Steps of the sampler; more take longer. 0: the model's own.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=0.0,
+            min=0.0,
+            max=30.0,
+            step=0.5,
+            extra_dict=ADVANCED,
+            tooltip="How strongly the prompt is followed. 1: no guidance. 0: the model's own.",
+        ),
+        io.Float.Input(
+            "shift",
+            default=0.0,
+            min=0.0,
+            max=30.0,
+            step=0.5,
+            extra_dict=ADVANCED,
+            tooltip="Shift of the noise levels, as in ComfyUI's ModelSamplingSD3. 0: the model's own.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**31 - 1,
+            control_after_generate=False,  # another seed each time would be another run each time
+            extra_dict=ADVANCED,
+            tooltip="Noise of the first video; each further one takes the next seed.",
+        ),
+    ]
+
+
 def _clip_vision_input() -> Any:
     return io.ClipVision.Input(
         "clip_vision", lazy=True, optional=True, tooltip="The image encoder, for models that look at a first frame with one."
@@ -267,9 +278,10 @@ def _preview_spec(base: Base, prompts: str, negative: str, values: dict[str, Any
     problems += image_problems("images", images, len(lines), variant, family.first_frame(variant))
     if problems:
         raise DatasetError(problems, subject="The previews")
-    fields = {name: values[name] for name in ("every_steps", "sampling_steps", "cfg", "seed")}
+    own = {name: values[name] or None for name in ("sampling_steps", "cfg", "shift")}
     measured_and_given = {"clip_folder": clip_folder, "images": tuple(images)}
-    return {**fields, **size, "prompts": lines, "negative": negative, "shift": values["shift"] or None, **measured_and_given}
+    fields = {name: values[name] for name in ("every_steps", "seed")}
+    return {**fields, **own, **size, "prompts": lines, "negative": negative, **measured_and_given}
 
 
 def _images(values: Mapping[str, Any]) -> Sequence[Any]:

@@ -24,7 +24,7 @@ from .data.cache import Cache
 from .data.captions import shown
 from .data.scan import NOT_ABOUT_THE_FILE, Progress, Rejected, unexpected
 from .data.video import read_window
-from .errors import DatasetError, MissingPackage, Problem
+from .errors import CheckpointError, DatasetError, MissingPackage, Problem
 from .family import FIRST_FRAME, FIRST_FRAME_CLIP, IMAGE_EMBEDS, IMAGE_TEXT, LATENTS, LatentSpec, TextRecord
 
 if TYPE_CHECKING:
@@ -40,8 +40,10 @@ class Cancelled(Exception):
     """The user asked to stop. An encoder may raise it too, in the middle of a window."""
 
 
-_NOT_ABOUT_THE_FILE: tuple[type[Exception], ...] = (*NOT_ABOUT_THE_FILE, Cancelled, getattr(torch, "AcceleratorError", MissingPackage))
-"""The last (torch >= 2.8): a device that has failed fails for every file after."""
+_DEVICE_FAILED: type[Exception] = getattr(torch, "AcceleratorError", MissingPackage)
+"""From torch 2.8 on; a device that has failed fails for every file after."""
+
+_NOT_ABOUT_THE_FILE: tuple[type[Exception], ...] = (*NOT_ABOUT_THE_FILE, Cancelled, CheckpointError, _DEVICE_FAILED)
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .errors import CheckpointError, Problem
-from .flow import sampling_sigmas
+from .flow import sampling_sigmas, shifted
 from .keytable import KeyTable
 
 if TYPE_CHECKING:
@@ -213,6 +213,11 @@ class ModelInput:
 def shifted_schedule(steps: int, shift: float, tokens: int) -> list[float]:
     """`steps + 1` evenly spaced noise levels from 1 to 0, shifted, whatever the number of tokens."""
     return sampling_sigmas(steps, shift)
+
+
+def simple_schedule(steps: int, shift: float, tokens: int) -> list[float]:
+    """The noise levels of ComfyUI's scheduler "simple": `steps` of its 1000 shifted ones, and 0, whatever the number of tokens."""
+    return [*(shifted((1000 - int(index * (1000 / steps))) / 1000, shift) for index in range(steps)), 0.0]
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,7 @@ class Job(_Spec):
 _LATER: dict[tuple[str, ...], Any] = {
     ("conditions",): None,
     ("guidance",): None,
+    ("lora", "dora"): False,
     ("experts",): ExpertsSpec().model_dump(mode="json"),
     ("base", "transformer_low_noise"): None,
     ("previews", "clip_folder"): None,

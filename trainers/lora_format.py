@@ -31,6 +31,7 @@ from .adapter import Adapter, Lengths, LoraPair
 from .dora import with_lengths
 from .errors import LoraError, Problem
 from .family import Family
+from .keytable import KeyTable
 from .load import linear_weights
 from .lora_fold import fold, fuse, split, unfold
 from .lora_keys import Form, Part, Spelled, check_plain, diffusers_key, family_of_lora, kohya_key, native_key, parse
@@ -261,12 +262,12 @@ def _recorded(modules: Mapping[str, LoraPair]) -> dict[str, str]:
     return {UNFOLD_KEY: json.dumps(record, sort_keys=True)}
 
 
-def _native_pairs(modules: Mapping[str, LoraPair], family: Family) -> dict[str, LoraPair]:
+def _native_pairs(modules: Mapping[str, LoraPair], keys: KeyTable) -> dict[str, LoraPair]:
     """The pairs by native module, members of one native tensor fused."""
-    natives = dict.fromkeys(family.lora_keys.to_native(name).name for name in modules)
+    natives = dict.fromkeys(keys.to_native(name).name for name in modules)
     found = {}
     for native in natives:
-        members = family.lora_keys.to_diffusers(native)
+        members = keys.to_diffusers(native)
         found[native] = fuse([modules.get(member.name) for member in members], members)
     return found
 
@@ -275,7 +276,8 @@ def _spelled(adapter: Adapter, family: Family, form: Form, name: str) -> dict[st
     """The tensors of a file called `name` in a form."""
     _check_magnitudes(adapter, form, name)
     modules = adapter.modules if form == "kohya" else {module: fold(pair) for module, pair in adapter.modules.items()}
-    modules = modules if form == "diffusers" else _native_pairs(modules, family)
+    if form != "diffusers":  # ComfyUI knows kohya's prefix before the names of its own checkpoints only
+        modules = _native_pairs(modules, family.keys if form == "kohya" else family.lora_keys)
     spell = {"native": native_key, "diffusers": diffusers_key, "kohya": kohya_key}[form]
     found: dict[str, torch.Tensor] = {}
     for module, pair in modules.items():

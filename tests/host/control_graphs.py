@@ -126,3 +126,6 @@ control, e.g. depth or poses.
 
 ### Files
 """
+
+CONTROL = {"wan_control_apply": draw_wan_control, "ltx_control_apply": draw_ltx_control}
+"""{name of the workflow: its graph}"""

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from control_graphs import draw_ltx_control, draw_wan_control
+from control_graphs import CONTROL
 from graph_builder import Graph
 from sampling_graphs import SAMPLING
 from tiny_graph import draw_tiny_wan
@@ -37,8 +37,7 @@ def workflows(object_info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _drawn() -> dict[str, Callable[[Graph], None]]:
     training = {name: kind.draw for name, kind in TRAINING.items()}
     sampling = {name: partial(kind.draw, name=name) for name, kind in SAMPLING.items()}
-    control = {"wan_control_apply": draw_wan_control, "ltx_control_apply": draw_ltx_control}
-    return {**training, **sampling, **control, "tiny_wan_train_and_sample": draw_tiny_wan}
+    return {**training, **sampling, **CONTROL, "tiny_wan_train_and_sample": draw_tiny_wan}
 
 
 def text(workflow: Mapping[str, Any]) -> str:

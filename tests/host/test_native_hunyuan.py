@@ -112,11 +112,13 @@ def test_they_agree_in_float32_without_and_with_a_lora(
     bare = ours(transformer, variant, given)
     adapter = random_adapter(transformer)
     write_lora(tmp_path / "lora.safetensors", adapter, FAMILY)
+    write_lora(tmp_path / "kohya.safetensors", adapter, FAMILY, "kohya")
     patched = ours(transformer, variant, given)
     told = ask(
         comfyui,
         denoise(variant, path, tmp_path, "bare"),
         denoise(variant, path, tmp_path, "patched", tmp_path / "lora.safetensors"),
+        *([denoise(variant, path, tmp_path, "kohya", tmp_path / "kohya.safetensors")] if changes == TWO_HEADS else []),
     )
     native, native_patched = theirs(tmp_path, "bare", given), theirs(tmp_path, "patched", given)
     figures = {"bare": relative(native, bare), "with LoRA": relative(native_patched, patched), "LoRA's effect": relative(patched, bare)}
@@ -127,4 +129,6 @@ def test_they_agree_in_float32_without_and_with_a_lora(
     assert figures["LoRA's effect"] > 100 * TOLERANCE
     config = transformer.config
     assert told[1]["patched"] == 8 * config.num_layers + 2 * config.num_single_layers
-    assert not [line for line in told[1]["log"] if "not loaded" in line.lower()]
+    assert not [line for answer in told for line in answer["log"] if "not loaded" in line.lower()]
+    if len(told) > 2:
+        assert torch.equal(theirs(tmp_path, "kohya", given), native_patched)

@@ -14,8 +14,8 @@ from installation import PACK, ComfyUI
 from safetensors.torch import load_file, save_file
 
 from trainers.checkpoint import Checkpoint
-from trainers.families.hunyuan import FAMILY, VAE_KEYS, simple_schedule
-from trainers.family import detect_vae
+from trainers.families.hunyuan import FAMILY, VAE_KEYS
+from trainers.family import detect_vae, simple_schedule
 from trainers.load import load_vae, native_state
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from trainers.adapter import Adapter, LoraPair
 from trainers.checkpoint import Checkpoint
-from trainers.families.mochi import FAMILY, simple_schedule
-from trainers.family import Conditions, TextRecord, detect
+from trainers.families.mochi import FAMILY
+from trainers.family import Conditions, TextRecord, detect, simple_schedule
 from trainers.flow import noised
 from trainers.folder_encoder import EncoderFiles, FolderEncoder
 from trainers.job import LoraSpec
@@ -35,7 +35,7 @@ SPEC = LoraSpec(rank=4)
 VARIANT = FAMILY.variants[0].id
 WIDE_VAE = {"encoder_block_out_channels": (32, 64, 128, 192), "decoder_block_out_channels": (32, 64, 128, 192)}
 PROMPTS = ["a kitten playing the piano", "", "a (red) circle, 100%"]
-STEPS = [7, 20, 30]
+STEPS = [7, 20, 30, 38]
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,8 @@ def _with_models(server: Server) -> Server:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     (server.base_directory / "input" / "my_clips").mkdir(exist_ok=True)
-    (server.base_directory / "input" / FIRST_FRAME).touch()
     (server.base_directory / "input" / CONTROL_VIDEO).touch()
+    (server.base_directory / "input" / FIRST_FRAME).touch()
     return server
 
 

@@ -25,9 +25,11 @@ from trainers.family import (
     Conditions,
     Detection,
     FirstFrameRule,
+    LatentSpec,
     ModelInput,
     Sampling,
     TextRecord,
+    VaeDetection,
     Variant,
 )
 
@@ -49,6 +51,13 @@ class FirstFrameWan(type(WAN)):  # type: ignore[misc]
         found = super().detect(checkpoint)
         return found and replace(found, family=self, variants=self.variants)
 
+    def latent(self, variant: Variant) -> LatentSpec:
+        return super().latent(NEVER)
+
+    def detect_vae(self, checkpoint: Checkpoint) -> VaeDetection | None:
+        found = super().detect_vae(checkpoint)
+        return found and replace(found, vae=replace(found.vae, variants=()))
+
     def required(self, variant: Variant) -> frozenset[str]:
         return EVERYTHING if variant is ALWAYS else frozenset({LATENTS})
 
@@ -57,10 +66,10 @@ class FirstFrameWan(type(WAN)):  # type: ignore[misc]
         return rules.get(variant.id)
 
     def sampling(self, variant: Variant) -> Sampling:
-        return replace(super().sampling(variant), guidance=None if variant is NEVER else 6.0)
+        return replace(super().sampling(NEVER), guidance=None if variant is NEVER else 6.0)
 
     def comfyui(self, variant: Variant) -> ComfyNames:
-        return replace(super().comfyui(variant), text_encoders=2 if variant is ALWAYS else 1)
+        return replace(super().comfyui(NEVER), text_encoders=2 if variant is ALWAYS else 1)
 
     def encode_text(self, variant: Variant, folder: Any, prompts: Sequence[str], image_HWC: torch.Tensor | None = None) -> list[TextRecord]:
         """With an image: its mean colour is the pooled vector, after what the second encoder makes of the prompt."""
@@ -83,7 +92,7 @@ class FirstFrameWan(type(WAN)):  # type: ignore[misc]
 
     def prepare(self, variant: Variant, noisy_BCFHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions) -> ModelInput:
         self.seen.append(conditions)
-        inputs: ModelInput = super().prepare(variant, noisy_BCFHW, sigma_B, conditions)
+        inputs: ModelInput = super().prepare(NEVER, noisy_BCFHW, sigma_B, conditions)
         if conditions.first_frame_B is None:
             return inputs
         keep = conditions.first_frame_B.view(-1, 1, 1, 1, 1)

@@ -9,8 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, Problem
-from ..family import Detection, Family, LatentSpec, Sampling, Variant
-from ..flow import shifted
+from ..family import Detection, Family, LatentSpec, Sampling, Variant, simple_schedule
 from ._wan_keys import KEYS
 
 if TYPE_CHECKING:
@@ -42,11 +41,6 @@ _STD_2_2 = (
 LATENT = LatentSpec(16, temporal_stride=4, spatial_stride=8, spatial_step=16, fps=16.0, mean=_MEAN_2_1, std=_STD_2_1)
 LATENT_2_2 = LatentSpec(48, temporal_stride=4, spatial_stride=16, spatial_step=32, fps=24.0, mean=_MEAN_2_2, std=_STD_2_2)
 """Of TI2V 5B; the other models of Wan 2.2 have the VAE of 2.1."""
-
-
-def simple_schedule(steps: int, shift: float, tokens: int) -> list[float]:
-    """The noise levels of ComfyUI's scheduler "simple" under Model Sampling SD3: whole thousandths, shifted."""
-    return [*(shifted((1000 - int(i * (1000 / steps))) / 1000, shift) for i in range(steps)), 0.0]
 
 
 def _sampling(steps: int, cfg: float) -> Sampling:

@@ -33,8 +33,8 @@ from ..family import (
     Vae,
     VaeDetection,
     Variant,
+    simple_schedule,
 )
-from ..flow import shifted
 from ._hunyuan_keys import KEYS, LORA_KEYS, VAE_KEYS
 
 if TYPE_CHECKING:
@@ -299,11 +299,6 @@ class Hunyuan:
 
 
 FAMILY: Family = Hunyuan()
-
-
-def simple_schedule(steps: int, shift: float, tokens: int) -> list[float]:
-    """ComfyUI's "simple" scheduler: `steps` of its 1000 shifted noise levels (rounded to one of them), and 0."""
-    return [*(shifted(1.0 - int(step * 1000 / steps) / 1000, shift) for step in range(steps)), 0.0]
 
 
 def _llama_rows(tokenizer: Any, llama: Any, prompt: str, pixels: torch.Tensor | None, interleave: int) -> torch.Tensor:

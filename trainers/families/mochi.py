@@ -30,8 +30,8 @@ from ..family import (
     Vae,
     VaeDetection,
     Variant,
+    simple_schedule,
 )
-from ..flow import shifted
 from ..keytable import Fuse, KeyTable, Rename, Row, SwapHalves
 
 if TYPE_CHECKING:
@@ -161,11 +161,6 @@ def _decoder_rows(start: str) -> tuple[Row, ...]:
 VAE_KEYS = KeyTable((*_encoder_rows(), *_decoder_rows("decoder."), *_decoder_rows("")))
 
 _VAE = Vae("mochi", "Mochi VAE", VAE_KEYS)
-
-
-def simple_schedule(steps: int, shift: float, tokens: int) -> list[float]:
-    """The noise levels of ComfyUI's scheduler "simple": every (1000 / steps)-th of 1000 shifted levels, and 0."""
-    return [*(shifted((1000 - int(index * 1000 / steps)) / 1000, shift) for index in range(steps)), 0.0]
 
 
 class Mochi:

@@ -11,8 +11,8 @@ from hunyuan_encoders import Folder, clip, image, image_processor, llama, llama_
 from hunyuan_files import I2V_V1, I2V_V2, IMAGE, T2V, random_adapter, random_transformer
 
 from trainers.families import hunyuan
-from trainers.families.hunyuan import FAMILY, LATENT, simple_schedule
-from trainers.family import FIRST_FRAME, IMAGE_TEXT, Conditions, FirstFrameRule, TextBatch, TextRecord, Variant, family_of
+from trainers.families.hunyuan import FAMILY, LATENT
+from trainers.family import FIRST_FRAME, IMAGE_TEXT, Conditions, FirstFrameRule, TextBatch, TextRecord, Variant, family_of, simple_schedule
 from trainers.flow import noised, velocity_loss
 from trainers.lora_format import write_lora
 

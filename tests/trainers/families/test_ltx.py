@@ -21,6 +21,7 @@ from trainers.job import LoraSpec
 from trainers.load import load_transformer, native_state
 from trainers.lora import adapter_state, inject
 from trainers.lora_format import write_lora
+from trainers.preflight import _same_latents
 
 SIZES = {
     "ltxv_2B": {"attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28},
@@ -370,6 +371,12 @@ def test_80_frames_are_refused_with_what_is_allowed() -> None:
         "num_frames is 80; this model needs 8n+1. Use 73 or 81.",
         "height is 500; this model needs multiples of 32 pixels. Use 480 or 512.",
     ]
+
+
+def test_data_of_another_generation_s_vae_are_not_these_latents(tmp_path: Path) -> None:
+    detection = detect(header_only(tmp_path / "ltx-video-2b-v0.9.5.safetensors", "ltxv_2B", CAUSAL))
+    fitting = [variant.id for variant in (*FAMILY.variants, *families()["wan"].variants) if _same_latents(variant.id, detection)]
+    assert fitting == ["ltxv-2b-0.9.5", "ltxv-2b-distilled", "ltxv-13b", "ltxv-13b-distilled"]
 
 
 # The LoRA in diffusers' pipeline

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from trainers.checkpoint import Checkpoint
 from trainers.errors import CheckpointError
-from trainers.families.mochi import FAMILY, LATENT, simple_schedule
-from trainers.family import Conditions, TextBatch, TextRecord, VaeDetection, detect, detect_vae, families
+from trainers.families.mochi import FAMILY, LATENT
+from trainers.family import Conditions, TextBatch, TextRecord, VaeDetection, detect, detect_vae, families, simple_schedule
 from trainers.flow import noised
 from trainers.job import LoraSpec
 from trainers.load import load_transformer, load_vae, native_state
