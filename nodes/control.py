@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ from comfy_api.latest import io
 
 from ..trainers.control_lora import ControlLora, recognise
 from ..trainers.errors import LoraError, Problem
+from ..trainers.family import families
 from . import host, native_control, native_lora
 from .control_frames import Grid, VideoSize, grid_of, own_size, resized, size_of, told
 from .schema import ADVANCED, schema
 
 BY_FILE, IC_LORA = "from the file", "IC-LoRA"
-
-_MODELS: Mapping[str, Any] = {"wan": comfy.model_base.WAN21, "ltx": comfy.model_base.LTXV}
 
 
 class ApplyControlLoRA(io.ComfyNode):
@@ -169,7 +167,9 @@ def _refuse(fit: native_lora.Fit, path: Path) -> None:
 
 def _check_model(model: Any, known: ControlLora, path: Path) -> None:
     """Raises LoraError when the LoRA is for another family, or for text to video where the model has other inputs already."""
-    if not isinstance(model.model, _MODELS[known.family]):
+    controls = families()[known.family].control
+    assert controls is not None
+    if not isinstance(model.model, getattr(comfy.model_base, controls.comfyui_model)):
         value = f"{path.name} is a control LoRA for {known.title}, the model is {type(model.model).__name__}"
         raise LoraError(str(Problem(value, "a control LoRA fits the model that it was trained on", f"Load {known.title}.")))
     if known.embedding is None:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import LoraError, Problem
+from .family import ControlLoras, Family, families
 from .lora_format import LoraHeader, read_header
 from .lora_keys import listed
-
-Kind = Literal["channels", "reference"]
 
 CONTROL_KEY = "video_trainer.control"
 """The metadata entry in which a file says its kind."""
@@ -30,11 +29,6 @@ _SCALE_KEY = "reference_downscale_factor"
 
 _NATIVE = "diffusion_model."
 _PREFIXES = (_NATIVE, "model.diffusion_model.", "base_model.model.transformer.", "base_model.model.", "transformer.")
-_FAMILIES: Mapping[str, tuple[str, Kind, re.Pattern[str]]] = {
-    "wan": ("Wan", "channels", re.compile(r"(lora_unet_)?(blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]|patch_embedding\.)")),
-    "ltx": ("LTX-Video", "reference", re.compile(r"(lora_unet_)?transformer_blocks[._]\d+[._](attn1|attn2|ff)[._]")),
-}
-"""{family: its title, the kind of its control LoRAs, what its modules are called}; names without prefix."""
 _EMBEDDING = re.compile(r"(lora_unet_)?patch_embedding\.(?P<part>.+)")
 _PARTS = {
     **dict.fromkeys(("lora_A.weight", "lora_A.default.weight", "lora_down.weight"), "down"),
@@ -71,7 +65,7 @@ class ControlLora:
 
     family: str
     title: str
-    kind: Kind
+    kind: Literal["channels", "reference"]
     reason: str
     native: Mapping[str, str]
     embedding: GrownEmbedding | None = None
@@ -84,27 +78,27 @@ def recognise(path: Path, as_reference: bool = False) -> ControlLora:
     """
     header = read_header(path)
     names = {key: _without_prefix(key) for key in header.shapes}
-    family = _family(names.values(), path)
-    title, kind, _ = _FAMILIES[family]
+    family, controls = _family(names.values(), path)
+    title, kind = family.title, controls.kind
     native = {key: name if name.startswith("lora_unet_") else _NATIVE + name for key, name in names.items()}
     if kind == "channels":
         embedding = _embedding(header, names, path, title)
         reason = f"patch_embedding has {embedding.channels} input channels"
-        return ControlLora(family, title, kind, reason, native, embedding)
+        return ControlLora(family.id, title, kind, reason, native, embedding)
     reason = "kind is set to IC-LoRA" if as_reference else _told_by(header, path, title)
     _check_scale(header, path)
-    return ControlLora(family, title, kind, reason, native)
+    return ControlLora(family.id, title, kind, reason, native)
 
 
 def _without_prefix(key: str) -> str:
     return next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
 
 
-def _family(names: Iterable[str], path: Path) -> str:
+def _family(names: Iterable[str], path: Path) -> tuple[Family, ControlLoras]:
     names = list(names)
-    for family, (_, _, blocks) in _FAMILIES.items():
-        if any(blocks.match(name) for name in names):
-            return family
+    for family in families().values():
+        if family.control and any(re.match(family.control.modules, name) for name in names):
+            return family, family.control
     problem = Problem(
         f"{path.name} holds {listed(names)}",
         "control LoRAs of Wan (more input channels) and of LTX-Video (IC-LoRA) are applied here",

@@ -16,7 +16,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -268,6 +268,17 @@ class ComfyNames:
 
 
 @dataclass(frozen=True)
+class ControlLoras:
+    """The control LoRAs of a family (see `control_lora`): how the control enters the model, a regular expression that names of
+    their modules begin with (without any prefix), and ComfyUI's class of the models that they go into.
+    """
+
+    kind: Literal["channels", "reference"]
+    modules: str
+    comfyui_model: str
+
+
+@dataclass(frozen=True)
 class LoraTargets:
     """Which Linears get a LoRA: regular expressions on full diffusers module names, anchored at a block list."""
 
@@ -288,6 +299,8 @@ class Family(Protocol):
     targets: LoraTargets
     blocks: tuple[str, ...]
     """Names of the transformer's block lists, in the order they run."""
+    control: ControlLoras | None
+    """Those that are applied; None: there are none."""
 
     def latent(self, variant: Variant) -> LatentSpec: ...
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 def main(pack: str, tasks: list[dict[str, Any]]) -> list[Any]:
     """What the function of each `task` returns, one after the other."""
     name = load_pack(pack).__name__
-    functions = {"vae": _vae, "text": _text, "sigmas": _sigmas}
+    functions = {"vae": _vae, "text": _text, "graph_text": _graph_text, "sigmas": _sigmas}
     with torch.inference_mode():
         return [functions[task.pop("task")](lambda module: importlib.import_module(f"{name}.{module}"), **task) for task in tasks]
 
@@ -52,16 +52,36 @@ def _sigmas(modules: Any, steps: list[int]) -> dict[str, list[float]]:
 def _text(modules: Any, folder: str, llama: Mapping[str, Any], clip: Mapping[str, Any], prompts: list[str]) -> list[list[str]]:
     """Cond and pooled output of each prompt, by CLIPTextEncode and by the node of image to video (interleave 2 and 4).
 
-    `folder` holds llama, llava and clip.safetensors as transformers writes them, image_rows (what the image encoder gives)
-    and llama's tokenizer: this ComfyUI may lack the file of its own. The answer, in `folder`/answer, is named
-    "<prompt> <kind> text" and "... pooled".
+    `folder` holds what `_loaded` asks for, and image_rows (what the image encoder gives). The answer, in `folder`/answer, is
+    named "<prompt> <kind> text" and "... pooled".
+    """
+    from comfy_extras.nodes_hunyuan import TextEncodeHunyuanVideo_ImageToVideo
+
+    from nodes import CLIPTextEncode
+
+    loaded = _loaded(modules, folder, llama, clip)
+    seen = SimpleNamespace(mm_projected=load_file(Path(folder) / "image_rows")["rows"][None])
+    found = {}
+    for index, prompt in enumerate(prompts):
+        answers = {"plain": CLIPTextEncode().encode(loaded, prompt)[0]}
+        for interleave in (2, 4):
+            answers[f"image{interleave}"] = TextEncodeHunyuanVideo_ImageToVideo.execute(loaded, seen, prompt, interleave).args[0]
+        for kind, (((text, options),),) in ((kind, (answer,)) for kind, answer in answers.items()):
+            assert "attention_mask" not in options
+            found |= {f"{index} {kind} text": text[0].clone(), f"{index} {kind} pooled": options["pooled_output"][0].clone()}
+    save_file(found, Path(folder) / "answer")
+    return sorted(found)
+
+
+def _loaded(modules: Any, folder: str, llama: Mapping[str, Any], clip: Mapping[str, Any]) -> Any:
+    """The CLIP of small encoders.
+
+    `folder` holds llama, llava and clip.safetensors as transformers writes them, and llama's tokenizer: this ComfyUI may lack
+    the file of its own.
     """
     import comfy.sd
     from comfy.text_encoders import hunyuan_video
-    from comfy_extras.nodes_hunyuan import TextEncodeHunyuanVideo_ImageToVideo
     from transformers import PreTrainedTokenizerFast
-
-    from nodes import CLIPTextEncode
 
     def init(self: Any, min_length: int = 256, pad_token: int = 128258, **_: Any) -> None:
         kinds = {"tokenizer_class": PreTrainedTokenizerFast, "has_start_token": True, "has_end_token": False, "pad_with_end": False}
@@ -77,15 +97,49 @@ def _text(modules: Any, folder: str, llama: Mapping[str, Any], clip: Mapping[str
     files = [rename(whole), rename(files_of_clip)]
     assert files[0].keys() == rename(language).keys() == rename(rename(language)).keys()
     options = {"llama_model_config": dict(llama), "clip_l_model_config": dict(clip), "dtype": torch.float32}
-    loaded = comfy.sd.CLIP(target, state_dict=files, model_options=options, parameters=1)
-    seen = SimpleNamespace(mm_projected=load_file(Path(folder) / "image_rows")["rows"][None])
-    found = {}
-    for index, prompt in enumerate(prompts):
-        answers = {"plain": CLIPTextEncode().encode(loaded, prompt)[0]}
-        for interleave in (2, 4):
-            answers[f"image{interleave}"] = TextEncodeHunyuanVideo_ImageToVideo.execute(loaded, seen, prompt, interleave).args[0]
-        for kind, (((text, options),),) in ((kind, (answer,)) for kind, answer in answers.items()):
-            assert "attention_mask" not in options
-            found |= {f"{index} {kind} text": text[0].clone(), f"{index} {kind} pooled": options["pooled_output"][0].clone()}
-    save_file(found, Path(folder) / "answer")
-    return sorted(found)
+    return comfy.sd.CLIP(target, state_dict=files, model_options=options, parameters=1)
+
+
+def _graph_text(modules: Any, folder: str, llama: Mapping[str, Any], clip: Mapping[str, Any], vision: str, prompts: list[str]) -> Any:
+    """{variant: how far each prompt's text and pooled output by the graph's encoder are from those of core's nodes}, with an image.
+
+    `vision` is the config of a small image encoder; its projector is core's, at the width of the small language model.
+    """
+    import comfy.clip_vision
+    import comfy.ops
+    from comfy.clip_model import LlavaProjector
+    from comfy_extras.nodes_hunyuan import TextEncodeHunyuanVideo_ImageToVideo
+
+    from nodes import CLIPVisionEncode
+
+    loaded, image_HWC = _loaded(modules, folder, llama, clip), load_file(Path(folder) / "image")["image_HWC"]
+    seer = comfy.clip_vision.ClipVisionModel(vision)
+    refused = _refused(modules, loaded, seer)
+    width = seer.model.vision_model.post_layernorm.weight.shape[0]
+    seer.model.multi_modal_projector = LlavaProjector(width, llama["hidden_size"], torch.float32, "cpu", comfy.ops.manual_cast)
+    torch.manual_seed(0)
+    for parameter in seer.model.parameters():
+        parameter.normal_(0.0, 0.2)
+    seen, found = CLIPVisionEncode().encode(seer, image_HWC[None], "none")[0], {}
+    records = modules("nodes.records")
+    for variant, interleave in (("hunyuan-i2v-v1", 2), ("hunyuan-i2v-v2", 4)):
+        encoder = modules("nodes.graph_encoder").GraphEncoder(records.Base("hunyuan", variant, ""), None, loaded, seer)
+        theirs = [TextEncodeHunyuanVideo_ImageToVideo.execute(loaded, seen, prompt, interleave).args[0][0] for prompt in prompts]
+        found[variant] = [
+            [_apart(record.embeds_LD, text[0]), _apart(record.pooled_D, options["pooled_output"][0]), len(record.embeds_LD)]
+            for record, (text, options) in zip(encoder.encode_text(prompts, image_HWC), theirs, strict=True)
+        ]
+    return {"refused": refused, **found}
+
+
+def _refused(modules: Any, clip: Any, clip_vision: Any) -> str:
+    base = modules("nodes.records").Base("hunyuan", "hunyuan-i2v-v2", "")
+    try:
+        modules("nodes.graph_encoder").GraphEncoder(base, None, clip, clip_vision)
+    except modules("trainers.errors").CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected.cpu()).norm() / expected.cpu().norm()) if found.shape == expected.shape else float("inf")

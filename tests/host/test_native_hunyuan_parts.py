@@ -90,3 +90,24 @@ def test_text_from_a_diffusers_folder_is_comfyui_s_conditioning(comfyui: ComfyUI
             figures[f"{kind} {index} pooled"] = relative(record.pooled_D, theirs[f"{index} {kind} pooled"])
     print(json.dumps(figures))
     assert max(figures.values()) < 1e-4
+
+
+def test_a_graph_s_encoder_reads_captions_with_their_first_frame_as_core_s_node_does(comfyui: ComfyUI, tmp_path: Path) -> None:
+    llama_tokenizer().save_pretrained(tmp_path)
+    whole, text_model = llava(), clip()
+    for name, model in {"llama": whole.model.language_model, "llava": whole, "clip": text_model}.items():
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
+    save_file({"image_HWC": image()}, tmp_path / "image")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "quick_gelu"}
+    vision = sizes | {"image_size": 336, "patch_size": 14, "num_channels": 3, "model_type": "clip_vision_model", "projection_dim": 8}
+    (tmp_path / "vision.json").write_text(json.dumps(vision))
+    options = {"llama": LLAMA, "clip": CLIP | {"hidden_act": "quick_gelu"}, "vision": str(tmp_path / "vision.json")}
+    told = ask(comfyui, "graph_text", folder=str(tmp_path), prompts=PROMPTS, **options)
+    print(json.dumps(told))
+    assert "makes no words of an image" in told.pop("refused")
+    assert [len(told[variant]) for variant in ("hunyuan-i2v-v1", "hunyuan-i2v-v2")] == [len(PROMPTS)] * 2
+    for prompt, (text, pooled, rows) in enumerate(told["hunyuan-i2v-v1"]):
+        assert (text, pooled) == (0.0, 0.0)
+        assert rows - told["hunyuan-i2v-v2"][prompt][2] == 576 // 2 - 576 // 4
+    assert all(text == pooled == 0.0 for text, pooled, _ in told["hunyuan-i2v-v2"])

@@ -20,6 +20,7 @@ from ..family import (
     IMAGE_TEXT,
     ComfyNames,
     Conditions,
+    ControlLoras,
     Detection,
     Family,
     FirstFrameRule,
@@ -115,6 +116,7 @@ class Hunyuan:
         ),
     )
     blocks: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
+    control: ControlLoras | None = None
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT

@@ -23,6 +23,7 @@ from ..family import (
     ComfyNames,
     ComfyT5,
     Conditions,
+    ControlLoras,
     Detection,
     Family,
     FirstFrameRule,
@@ -163,6 +164,9 @@ class Ltx:
         feed_forward=(r"^transformer_blocks\.\d+\.ff\.net\.0\.proj$", r"^transformer_blocks\.\d+\.ff\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
+    control: ControlLoras | None = ControlLoras(
+        "reference", r"(lora_unet_)?transformer_blocks[._]\d+[._](attn1|attn2|ff)[._]", comfyui_model="LTXV"
+    )
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT

@@ -17,6 +17,7 @@ from ..family import (
     ComfyNames,
     ComfyT5,
     Conditions,
+    ControlLoras,
     Detection,
     Family,
     FirstFrameRule,
@@ -177,6 +178,7 @@ class Mochi:
         feed_forward=(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)$",),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
+    control: ControlLoras | None = None
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT

@@ -27,6 +27,7 @@ from ..family import (
     ComfyNames,
     ComfyT5,
     Conditions,
+    ControlLoras,
     Detection,
     Family,
     FirstFrameRule,
@@ -75,6 +76,9 @@ class Wan:
         feed_forward=(r"^blocks\.\d+\.ffn\.net\.0\.proj$", r"^blocks\.\d+\.ffn\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("blocks",)
+    control: ControlLoras | None = ControlLoras(
+        "channels", r"(lora_unet_)?(blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]|patch_embedding\.)", comfyui_model="WAN21"
+    )
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT_2_2 if KIND_OF[variant.id].first_frame_in_place else LATENT
