@@ -5,7 +5,7 @@ from __future__ import annotations
 from downloads import LTX, WAN21_T2V, Download, Models, download, links
 from graph_builder import Graph, Wire
 from graph_layout import NOTE_TOP, Step, frame_row
-from sampling_graphs import (
+from sampling_parts import (
     LTX_FPS,
     LTX_NEGATIVE,
     LTX_PROMPT,

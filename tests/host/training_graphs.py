@@ -9,7 +9,7 @@ import downloads as files
 from downloads import Models, links
 from graph_builder import BYPASSED, Graph, Wire
 from graph_layout import NOTE_TOP, Step
-from sampling_graphs import FIRST_FRAME, LTX_NEGATIVE, PROMPT, WAN_NEGATIVE, Size
+from sampling_parts import FIRST_FRAME, LTX_NEGATIVE, PROMPT, WAN_NEGATIVE, Size
 
 
 @dataclass(frozen=True)
