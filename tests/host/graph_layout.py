@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from graph_builder import Graph, Node
@@ -53,6 +52,3 @@ def frame_row(*steps: Step) -> int:
     for step in steps:
         step.frame(bottom)
     return bottom
-
-
-NewStep = Callable[[str, int, int], Step]

@@ -1,4 +1,4 @@
-"""The workflows that make videos with a LoRA: ComfyUI's own nodes, with the numbers of its templates, and Apply LoRA."""
+"""The workflows that make videos with a LoRA."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ from dataclasses import dataclass
 from functools import partial
 
 import downloads as files
-from downloads import Download, Models, links
+from downloads import Models, links
 from graph_builder import Graph, Wire
 from graph_layout import NOTE_TOP, Step, frame_row
-
-Sources = dict[str, Wire]
-"""What later nodes are wired to, by name: model, model_low_noise, clip, vae, clip_vision, positive, negative, latent."""
-
-FIRST_FRAME = "example.png"
-"""An image that comes with ComfyUI; a user chooses another one."""
-SEED = 1000
-WAN_NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
-    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+from sampling_parts import (
+    LTX_FPS,
+    WAN_NEGATIVE,
+    Size,
+    Sources,
+    apply_lora,
+    hunyuan_image,
+    hunyuan_images,
+    hunyuan_text,
+    ksampler,
+    load_models,
+    ltx,
+    ltx_images,
+    save,
+    switch_step,
+    text_to_video,
+    two_experts,
+    wan22_5b,
+    wan_image,
 )
-LTX_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
-PROMPT = "a kitten playing the piano"
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of a video, in pixels and frames."""
-
-    width: int
-    height: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ class Sampling:
     def draw(self, graph: Graph, name: str) -> None:
         graph.note((0, NOTE_TOP), (310, 520), self._note(), "Start here")
         loading, choosing = Step(graph, "Step 1 - Load models", 340, 0), Step(graph, "Step 2 - Your LoRA", 760, 0)
-        sources = _load(loading, self.models)
-        sources |= _apply_lora(choosing, sources)
+        sources = load_models(loading, self.models)
+        sources |= apply_lora(choosing, sources)
         top = frame_row(loading, choosing) + 40
         third, fourth = ("First frame", "Prompt and size") if self.first_frame else ("Video size", "Prompt")
         begin, prompt = Step(graph, f"Step 3 - {third}", 340, top), Step(graph, f"Step 4 - {fourth}", 760, top)
@@ -68,213 +66,6 @@ class Sampling:
         more = f"{self.more.strip()}\n\n" if self.more else ""
         return note.format(title=self.title, training=self.training) + f"\n{more}### Files\n" + links(*self.models.files)
 
-
-# Models and the LoRA
-
-
-def _load(step: Step, models: Models) -> Sources:
-    """The loaders of ComfyUI."""
-    sources = _load_transformers(step, models)
-    names = [file["name"] for file in models.text_encoders]
-    if len(names) == 1:
-        clip = step.node("CLIPLoader", 106, clip_name=names[0], type=models.clip_type, models=models.text_encoders)
-    else:
-        chosen = {"clip_name1": names[0], "clip_name2": names[1]}
-        clip = step.node("DualCLIPLoader", 130, type=models.clip_type, models=models.text_encoders, **chosen)
-    sources["clip"] = clip, "CLIP"
-    if models.vae:
-        sources["vae"] = step.node("VAELoader", 58, vae_name=models.vae["name"], models=[models.vae]), "VAE"
-    if models.clip_vision:
-        looking = step.node("CLIPVisionLoader", 58, clip_name=models.clip_vision["name"], models=[models.clip_vision])
-        sources["clip_vision"] = looking, "CLIP_VISION"
-    return sources
-
-
-def _load_transformers(step: Step, models: Models) -> Sources:
-    if models.vae is None:
-        (file,) = models.transformers
-        checkpoint = step.node("CheckpointLoaderSimple", 98, ckpt_name=file["name"], models=[file])
-        return {"model": (checkpoint, "MODEL"), "vae": (checkpoint, "VAE")}
-    if len(models.transformers) == 1:
-        return {"model": _load_transformer(step, models.transformers[0])}
-    titles = {"model": "Load the high-noise model", "model_low_noise": "Load the low-noise model"}
-    return {name: _load_transformer(step, file, title) for (name, title), file in zip(titles.items(), models.transformers, strict=True)}
-
-
-def _load_transformer(step: Step, file: Download, title: str = "") -> Wire:
-    return step.node("UNETLoader", 82, unet_name=file["name"], weight_dtype="default", title=title, models=[file]), "MODEL"
-
-
-def _apply_lora(step: Step, sources: Sources) -> Sources:
-    models = {name: wire for name, wire in sources.items() if name.startswith("model")}
-    lora = step.node("VideoTrainer_ApplyLoRA", 260, lora="none", wires=models)
-    return {name: (lora, name) for name in models}
-
-
-# First frames and prompts
-
-
-def _prompts(step: Step, sources: Sources, negative: str) -> Sources:
-    clip = {"clip": sources["clip"]}
-    positive = step.node("CLIPTextEncode", 120, text=PROMPT, title="Prompt", wires=clip)
-    unwanted = step.node("CLIPTextEncode", 130, text=negative, title="Negative prompt", wires=clip)
-    return {"positive": (positive, "CONDITIONING"), "negative": (unwanted, "CONDITIONING")}
-
-
-def _image(step: Step) -> Wire:
-    return step.node("LoadImage", 326, image=FIRST_FRAME, title="First frame"), "IMAGE"
-
-
-def _looked_at(step: Step, sources: Sources, image: Wire) -> Wire:
-    """What the image encoder sees: the whole image, squashed to a square."""
-    wires = {"clip_vision": sources["clip_vision"], "image": image}
-    return step.node("CLIPVisionEncode", 78, crop="none", wires=wires), "CLIP_VISION_OUTPUT"
-
-
-def _some(sources: Sources, *names: str) -> Sources:
-    return {name: sources[name] for name in names}
-
-
-def _text(begin: Step, prompt: Step, sources: Sources, *, latent: str, size: Size, negative: str) -> Sources:
-    noise = begin.node(latent, 130, **vars(size))
-    return {**_prompts(prompt, sources, negative), "latent": (noise, "LATENT")}
-
-
-def _wan_image(begin: Step, prompt: Step, sources: Sources, *, size: Size) -> Sources:
-    """Wan 2.1 and 2.2 A14B: the first frame beside the noise; 2.1 also looks at it."""
-    image = _image(begin)
-    wires = {**_prompts(prompt, sources, WAN_NEGATIVE), **_some(sources, "vae"), "start_image": image}
-    if "clip_vision" in sources:
-        wires["clip_vision_output"] = _looked_at(begin, sources, image)
-    node = prompt.node("WanImageToVideo", 210, **vars(size), wires=wires)
-    return {name: (node, name) for name in ("positive", "negative", "latent")}
-
-
-def _wan22_5b(begin: Step, prompt: Step, sources: Sources, *, size: Size, first_frame: bool) -> Sources:
-    wires = {**_some(sources, "vae"), **({"start_image": _image(begin)} if first_frame else {})}
-    sources = _prompts(prompt, sources, WAN_NEGATIVE)
-    latent = (prompt if first_frame else begin).node("Wan22ImageToVideoLatent", 150, **vars(size), wires=wires)
-    return {**sources, "latent": (latent, "LATENT")}
-
-
-def _ltx(begin: Step, prompt: Step, sources: Sources, *, size: Size, first_frame: bool) -> Sources:
-    vae = _some(sources, "vae")
-    image = _image(begin) if first_frame else None
-    told = _prompts(prompt, sources, LTX_NEGATIVE)
-    if image:
-        node = prompt.node("LTXVImgToVideo", 214, **vars(size), strength=1.0, wires={**told, **vae, "image": image})
-        told = {name: (node, name) for name in ("positive", "negative", "latent")}
-    else:
-        told["latent"] = begin.node("EmptyLTXVLatentVideo", 130, **vars(size)), "LATENT"
-    rated = prompt.node("LTXVConditioning", 78, frame_rate=LTX_FPS, wires=_some(told, "positive", "negative"))
-    return {**told, "positive": (rated, "positive"), "negative": (rated, "negative")}
-
-
-def _hunyuan_text(begin: Step, prompt: Step, sources: Sources, *, size: Size) -> Sources:
-    text = prompt.node("CLIPTextEncode", 160, text=PROMPT, title="Prompt", wires=_some(sources, "clip"))
-    latent = begin.node("EmptyHunyuanLatentVideo", 130, **vars(size))
-    return {"positive": _hunyuan_guided(prompt, (text, "CONDITIONING")), "latent": (latent, "LATENT")}
-
-
-def _hunyuan_image(begin: Step, prompt: Step, sources: Sources, *, size: Size) -> Sources:
-    """I2V v2: the prompt is read with the image, and the first frame takes the place of the noise."""
-    image = _image(begin)
-    wires = {**_some(sources, "clip"), "clip_vision_output": _looked_at(begin, sources, image)}
-    text = prompt.node("TextEncodeHunyuanVideo_ImageToVideo", 180, prompt=PROMPT, image_interleave=4, title="Prompt", wires=wires)
-    wires = {"positive": (text, "CONDITIONING"), **_some(sources, "vae"), "start_image": image}
-    node = prompt.node("HunyuanImageToVideo", 210, **vars(size), guidance_type="v2 (replace)", wires=wires)
-    return {"positive": _hunyuan_guided(prompt, (node, "positive")), "latent": (node, "latent")}
-
-
-def _hunyuan_guided(step: Step, positive: Wire) -> Wire:
-    return step.node("FluxGuidance", 58, guidance=6.0, wires={"conditioning": positive}), "CONDITIONING"
-
-
-# Sampling
-
-
-def ksampler(
-    step: Step, sources: Sources, *, steps: int, cfg: float, sampler_name: str, shift: float | None = None, title: str = ""
-) -> Wire:
-    """The images of a model under its noise shift; None: the one that ComfyUI gives it."""
-    model = _shifted(step, sources["model"], shift) if shift else sources["model"]
-    wires = {**_some(sources, "positive", "negative"), "latent_image": sources["latent"], "model": model}
-    numbers = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": "simple", "seed": SEED}
-    sampled = step.node("KSampler", 262, title=title, wires=wires, **numbers)
-    return _decoded(step, sources, (sampled, "LATENT"))
-
-
-def _two_experts(step: Step, sources: Sources, *, steps: int, shift: float, switch: int) -> Wire:
-    """Wan 2.2 A14B: the high-noise expert until step `switch`, then the low-noise one."""
-    titles = {"model": "high noise", "model_low_noise": "low noise"}
-    models = [_shifted(step, sources[name], shift, f"ModelSamplingSD3 ({said})") for name, said in titles.items()]
-    latent = sources["latent"]
-    for model, said, begin, end in zip(models, titles.values(), (0, switch), (switch, 10000), strict=True):
-        first = begin == 0
-        sampled = step.node(
-            "KSamplerAdvanced",
-            334,
-            title=f"KSampler ({said})",
-            add_noise="enable" if first else "disable",
-            noise_seed=SEED if first else 0,
-            steps=steps,
-            cfg=3.5,
-            sampler_name="euler",
-            scheduler="simple",
-            start_at_step=begin,
-            end_at_step=end,
-            return_with_leftover_noise="enable" if first else "disable",
-            wires={**_some(sources, "positive", "negative"), "latent_image": latent, "model": model},
-        )
-        latent = sampled, "LATENT"
-    return _decoded(step, sources, latent)
-
-
-def switch_step(boundary: float, steps: int, shift: float) -> int:
-    """The first step of the low-noise expert: the first whose noise level is below the boundary (scheduler simple, shifted)."""
-    levels = [(steps - i) / steps for i in range(steps)]
-    return next(i for i, level in enumerate(levels) if shift * level / (1 + (shift - 1) * level) < boundary)
-
-
-def _ltx_sampler(step: Step, sources: Sources) -> Wire:
-    sampler = step.node("KSamplerSelect", 58, sampler_name="euler"), "SAMPLER"
-    numbers = {"steps": 30, "max_shift": 2.05, "base_shift": 0.95, "stretch": True, "terminal": 0.1}
-    sigmas = step.node("LTXVScheduler", 154, wires=_some(sources, "latent"), **numbers), "SIGMAS"
-    wires = {**_some(sources, "model", "positive", "negative"), "sampler": sampler, "sigmas": sigmas, "latent_image": sources["latent"]}
-    sampled = step.node("SamplerCustom", 230, add_noise=True, noise_seed=SEED, cfg=3.0, wires=wires)
-    return _decoded(step, sources, (sampled, "output"))
-
-
-def _hunyuan_sampler(step: Step, sources: Sources) -> Wire:
-    model = {"model": _shifted(step, sources["model"], 7.0)}
-    guider = step.node("BasicGuider", 46, wires={**model, "conditioning": sources["positive"]}), "GUIDER"
-    noise = step.node("RandomNoise", 82, noise_seed=SEED), "NOISE"
-    sampler = step.node("KSamplerSelect", 58, sampler_name="euler"), "SAMPLER"
-    sigmas = step.node("BasicScheduler", 106, scheduler="simple", steps=20, wires=model), "SIGMAS"
-    wires = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": sources["latent"]}
-    sampled = step.node("SamplerCustomAdvanced", 106, wires=wires)
-    tiles = {"tile_size": 256, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
-    decoded = step.node("VAEDecodeTiled", 150, wires={"samples": (sampled, "output"), **_some(sources, "vae")}, **tiles)
-    return decoded, "IMAGE"
-
-
-def _shifted(step: Step, model: Wire, shift: float, title: str = "") -> Wire:
-    return step.node("ModelSamplingSD3", 58, shift=shift, title=title, wires={"model": model}), "MODEL"
-
-
-def _decoded(step: Step, sources: Sources, samples: Wire) -> Wire:
-    return step.node("VAEDecode", 46, wires={"samples": samples, **_some(sources, "vae")}), "IMAGE"
-
-
-def save(step: Step, images: Wire, fps: float, name: str, title: str = "") -> None:
-    """Images as a video file."""
-    video = step.node("CreateVideo", 78, fps=fps, wires={"images": images})
-    step.node("SaveVideo", 420, filename_prefix=f"video/{name}", title=title, wires={"video": (video, "VIDEO")})
-
-
-# The graphs
-
-LTX_FPS = 25.0
 
 T2V_NOTE = """
 ## Text to video with your LoRA ({title})
@@ -319,12 +110,12 @@ _STEPS, _SHIFT = 20, 8.0
 def _a14b(title: str, training: str, models: Models, condition: Callable[..., Sources], boundary: float, first_frame: bool) -> Sampling:
     switch = switch_step(boundary, _STEPS, _SHIFT)
     more = SWITCH_NOTE.format(boundary=boundary, steps=_STEPS, shift=_SHIFT, last=switch - 1, switch=switch)
-    sample = partial(_two_experts, steps=_STEPS, shift=_SHIFT, switch=switch)
+    sample = partial(two_experts, steps=_STEPS, shift=_SHIFT, switch=switch)
     return Sampling(title, training, models, condition, sample, 16.0, first_frame, more)
 
 
 _wan_sampler = partial(ksampler, sampler_name="uni_pc", shift=8.0)
-_wan_text = partial(_text, latent="EmptyHunyuanLatentVideo", negative=WAN_NEGATIVE)
+_wan_text = partial(text_to_video, latent="EmptyHunyuanLatentVideo", negative=WAN_NEGATIVE)
 
 SAMPLING = {
     "wan21_t2v": Sampling(
@@ -339,7 +130,7 @@ SAMPLING = {
         "Wan 2.1 I2V 14B",
         "wan21_train_i2v",
         files.WAN21_I2V,
-        partial(_wan_image, size=Size(512, 512, 33)),
+        partial(wan_image, size=Size(512, 512, 33)),
         partial(_wan_sampler, steps=20, cfg=6.0),
         fps=16.0,
         first_frame=True,
@@ -349,7 +140,7 @@ SAMPLING = {
             "Wan 2.2 5B",
             "wan22_5b_train",
             files.WAN22_5B,
-            partial(_wan22_5b, size=Size(1280, 704, 121), first_frame=task == "i2v"),
+            partial(wan22_5b, size=Size(1280, 704, 121), first_frame=task == "i2v"),
             partial(_wan_sampler, steps=20, cfg=5.0),
             fps=24.0,
             first_frame=task == "i2v",
@@ -360,15 +151,15 @@ SAMPLING = {
         "Wan 2.2 T2V A14B", "wan22_a14b_train", files.WAN22_T2V, partial(_wan_text, size=Size(640, 640, 81)), 0.875, first_frame=False
     ),
     "wan22_a14b_i2v": _a14b(
-        "Wan 2.2 I2V A14B", "wan22_a14b_train_i2v", files.WAN22_I2V, partial(_wan_image, size=Size(640, 640, 81)), 0.9, first_frame=True
+        "Wan 2.2 I2V A14B", "wan22_a14b_train_i2v", files.WAN22_I2V, partial(wan_image, size=Size(640, 640, 81)), 0.9, first_frame=True
     ),
     **{
         f"ltx_{task}": Sampling(
             "LTX-Video 2B 0.9.5",
             "ltx_train",
             files.LTX,
-            partial(_ltx, size=Size(768, 512, 97), first_frame=task == "i2v"),
-            _ltx_sampler,
+            partial(ltx, size=Size(768, 512, 97), first_frame=task == "i2v"),
+            ltx_images,
             LTX_FPS,
             first_frame=task == "i2v",
             more=LTX_MORE,
@@ -379,16 +170,16 @@ SAMPLING = {
         "HunyuanVideo",
         "hunyuan_train",
         files.HUNYUAN_T2V,
-        partial(_hunyuan_text, size=Size(848, 480, 73)),
-        _hunyuan_sampler,
+        partial(hunyuan_text, size=Size(848, 480, 73)),
+        hunyuan_images,
         fps=24.0,
     ),
     "hunyuan_i2v": Sampling(
         "HunyuanVideo I2V v2",
         "hunyuan_train_i2v",
         files.HUNYUAN_I2V,
-        partial(_hunyuan_image, size=Size(848, 480, 73)),
-        _hunyuan_sampler,
+        partial(hunyuan_image, size=Size(848, 480, 73)),
+        hunyuan_images,
         fps=24.0,
         first_frame=True,
         more=HUNYUAN_I2V_MORE,
@@ -397,7 +188,7 @@ SAMPLING = {
         "Mochi 1 preview",
         "mochi_train",
         files.MOCHI,
-        partial(_text, latent="EmptyMochiLatentVideo", negative="", size=Size(848, 480, 37)),
+        partial(text_to_video, latent="EmptyMochiLatentVideo", negative="", size=Size(848, 480, 37)),
         partial(ksampler, steps=30, cfg=4.5, sampler_name="euler"),
         fps=24.0,
         more=MOCHI_MORE,

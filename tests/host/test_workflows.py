@@ -15,7 +15,7 @@ import pytest
 from comfy_server import Server
 from control_graphs import CONTROL_VIDEO
 from make_workflows import ROOT, text, workflows
-from sampling_graphs import FIRST_FRAME
+from sampling_parts import FIRST_FRAME
 
 from trainers.flow import shifted
 

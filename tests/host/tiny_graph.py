@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graph_builder import Graph, Wire
 from graph_layout import NOTE_TOP, Step
-from sampling_graphs import Sources, ksampler, save
+from sampling_parts import Sources, ksampler, save
 
 TINY = "tiny Wan (built in)"
 SHAPES = "moving shapes (built in)"

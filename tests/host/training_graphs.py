@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import downloads as files
 from downloads import Models, links
 from graph_builder import BYPASSED, Graph, Wire
 from graph_layout import NOTE_TOP, Step
-from sampling_graphs import FIRST_FRAME, LTX_NEGATIVE, PROMPT, WAN_NEGATIVE, Size
+from sampling_parts import FIRST_FRAME, LTX_NEGATIVE, PROMPT, WAN_NEGATIVE, Size
 
 
 @dataclass(frozen=True)
 class Training:
-    """A graph. `sizes` says which clips the model takes; `previews` are settings of Previews that the model needs."""
+    """A graph. `sizes` says which clips the model takes."""
 
     title: str
     samples: str
@@ -25,7 +24,6 @@ class Training:
     negative: str = ""
     first_frame: bool = False
     more: str = ""
-    previews: Mapping[str, Any] = field(default_factory=dict)
 
     def draw(self, graph: Graph) -> None:
         graph.note((0, NOTE_TOP), (330, 700), self._note(), "Start here")
@@ -43,7 +41,7 @@ class Training:
         starts = {"vae": encoders["vae"], **looks, **image} if image else {}
         wires = {"base": base, "clip": encoders["clip"], **starts}
         words = {"prompts": PROMPT, "negative": self.negative}
-        previews = size.node("VideoTrainer_Previews", 480, wires=wires, **words, **geometry, **self.previews), "previews"
+        previews = size.node("VideoTrainer_Previews", 480, wires=wires, **words, **geometry), "previews"
         clips.frame(size.frame(clips.bottom))
         _train(graph, {"base": base, "encoded": encoded, "previews": previews})
 
@@ -135,7 +133,6 @@ TRAINING: Mapping[str, Training] = {
         Size(480, 480, 33),
         _WAN,
         WAN_NEGATIVE,
-        previews={"cfg": 6.0},
     ),
     "wan21_train_i2v": Training(
         "Wan 2.1 I2V 14B",
@@ -145,7 +142,6 @@ TRAINING: Mapping[str, Training] = {
         _WAN,
         WAN_NEGATIVE,
         first_frame=True,
-        previews={"cfg": 6.0},
     ),
     "wan22_5b_train": Training(
         "Wan 2.2 5B",
@@ -164,7 +160,6 @@ TRAINING: Mapping[str, Training] = {
         _WAN,
         WAN_NEGATIVE,
         more=TWO_EXPERTS,
-        previews={"cfg": 3.5},
     ),
     "wan22_a14b_train_i2v": Training(
         "Wan 2.2 I2V A14B",
@@ -175,7 +170,6 @@ TRAINING: Mapping[str, Training] = {
         WAN_NEGATIVE,
         first_frame=True,
         more=TWO_EXPERTS,
-        previews={"cfg": 3.5},
     ),
     "ltx_train": Training(
         "LTX-Video 2B 0.9.5",
@@ -185,7 +179,6 @@ TRAINING: Mapping[str, Training] = {
         "sides in multiples of 32, 8n+1 frames (25, 49, 97)",
         LTX_NEGATIVE,
         more=MAYBE_FIRST_FRAME,
-        previews={"cfg": 3.0, "sampling_steps": 30},
     ),
     "hunyuan_train": Training(
         "HunyuanVideo",
@@ -193,7 +186,6 @@ TRAINING: Mapping[str, Training] = {
         files.HUNYUAN_T2V,
         Size(480, 480, 33),
         _WAN,
-        previews={"cfg": 1.0},
     ),
     "hunyuan_train_i2v": Training(
         "HunyuanVideo I2V v2",
@@ -202,7 +194,6 @@ TRAINING: Mapping[str, Training] = {
         Size(480, 480, 33),
         _WAN,
         first_frame=True,
-        previews={"cfg": 1.0},
     ),
     "mochi_train": Training(
         "Mochi 1 preview",
@@ -210,7 +201,6 @@ TRAINING: Mapping[str, Training] = {
         files.MOCHI,
         Size(480, 480, 37),
         "sides in multiples of 16, 6n+1 frames (25, 37, 61)",
-        previews={"cfg": 4.5, "sampling_steps": 30},
     ),
 }
 """{name of the workflow: its graph}"""
