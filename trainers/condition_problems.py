@@ -32,7 +32,11 @@ def clip_problems(job: Job, family: Family, variant: Variant, encoded: Encoded) 
     missing = {kind for item in encoded.items for kind in required - {LATENTS, IMAGE_TEXT} - set(item.extras)}
     with_images = {item.text_without_caption is not None for item in encoded.items}
     mismatch = with_images - {IMAGE_TEXT in required} or (IMAGE_TEXT in required and encoded.variant != variant.id)
-    if missing or mismatch:
+    if missing and not mismatch and encoded.variant == variant.id:
+        without = sum(bool(missing - set(item.extras)) for item in encoded.items)
+        told = f"{without} of {len(encoded.items)} clips lack their {', '.join(sorted(missing))}"
+        yield Problem(told, f"{variant.title} learns from it", "Encode the data set again.")
+    elif missing or mismatch:
         what = f"the data set was encoded for {encoded.variant}, the base is {variant.id}"
         yield Problem(what, "each needs other things of a first frame", "Encode it again for this base.")
     stills = sum(item.num_frames == 1 for item in encoded.items)

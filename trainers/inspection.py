@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from .checkpoint import Checkpoint, Component
 from .errors import CheckpointError, LoraError
-from .family import families
+from .even_blocks import block_problem
+from .family import Detection, families
 
 Kind = Literal["transformer", "VAE", "text encoder", "image encoder", "LoRA", "unknown"]
 
@@ -102,14 +103,24 @@ def _transformer(checkpoint: Checkpoint) -> Report | None:
             return _report(
                 checkpoint,
                 "transformer",
-                " or ".join(variant.title for variant in detection.variants),
+                detection.variant.title,
                 family=family.id,
                 variants=tuple(variant.id for variant in detection.variants),
                 reason=detection.reason,
                 config=detection.config,
-                notes=(*detection.notes, *([str(detection.doubt)] if detection.doubt else [])),
+                notes=_notes(detection),
+                problems=[str(problem)] if (problem := block_problem(checkpoint)) else [],
             )
     return None
+
+
+def _notes(detection: Detection) -> list[str]:
+    notes = [*detection.notes, *([str(detection.doubt)] if detection.doubt else [])]
+    if detection.expert:
+        notes.append(f"it is the {detection.expert}-noise expert, by its name")
+    if others := detection.variants[1:]:
+        notes.append(f"its tensors are also those of {' and '.join(variant.title for variant in others)}; give the variant if it is one")
+    return notes
 
 
 def _vae(checkpoint: Checkpoint) -> Report | None:

@@ -13,6 +13,7 @@ from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .errors import DatasetError
+from .experts import experts_of
 from .family import Family, Variant, detect
 from .job import Job
 from .preflight import check
@@ -53,6 +54,7 @@ class Plan:
                 for (frames, height, width), count in sorted(self.buckets.items(), reverse=True)
             ),
             f"steps    {self.steps} of {job.batch_size * job.accumulation} clips; {self.steps_per_epoch:.1f} are an epoch",
+            *self._expert_lines(),
             *self._start_lines(),
             f"{'DoRA' if lora.dora else 'LoRA'}     rank {lora.rank} on {self.adapters} layers ({lora.targets.replace('_', ' ')}): "
             f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB",
@@ -60,6 +62,17 @@ class Plan:
             f"output   {Path(job.loras_folder) / job.name}",
         ]
         return "\n".join(lines)
+
+    def _expert_lines(self) -> list[str]:
+        experts = [expert for expert in experts_of(self.job, self.variant) if expert.name]
+        lines = [
+            f"expert   {expert.name}: {Path(expert.path).name}, noise {expert.lowest_sigma:g} to {expert.highest_sigma:g}"
+            for expert in experts
+            if expert.trained
+        ]
+        if len(lines) > 1:
+            lines.append(f"         turns of {self.job.experts.turn_steps} steps; each gets a LoRA and its share of the steps")
+        return lines
 
     def _start_lines(self) -> list[str]:
         job, lines = self.job, []

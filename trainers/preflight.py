@@ -13,6 +13,7 @@ from .condition_problems import clip_problems, condition_problems, preview_probl
 from .data.encoded import Encoded
 from .device import pick_device
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
+from .even_blocks import block_problem
 from .family import Detection, Family, detect, detect_vae, family_of
 from .job import Job, LoraSpec
 from .lora import dora_problem
@@ -57,6 +58,7 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
     if encoded:
         yield from _data_problems(job, encoded, detection)
     if detection:
+        yield from _block_problems(job)
         yield from _expert_problems(job, detection)
     if detection and job.previews.every_steps:
         yield from _preview_problems(job, detection, encoded)
@@ -69,6 +71,13 @@ def _dora_problems(job: Job, family: Family) -> Iterator[Problem]:
                 yield problem
 
 
+def _block_problems(job: Job) -> Iterator[Problem]:
+    for path in filter(None, (job.base.transformer, job.base.transformer_low_noise)):
+        with suppress(VideoTrainerError):
+            if problem := block_problem(Checkpoint.open(path)):
+                yield Problem(f"{Path(path).name}: {problem.value}", problem.rule, problem.remedy)
+
+
 def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
     """What is wrong with the files of a model of two experts, or with a second file for a model of one."""
     low, train, title = job.base.transformer_low_noise, job.experts.train, detection.variant.title
@@ -78,7 +87,8 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
         return
     if low is None:
         if train == "both":
-            remedy = "Give base.transformer_low_noise too, or set experts.train to the one that base.transformer is (high or low)."
+            which = detection.expert or "the one that base.transformer is (high or low)"
+            remedy = f"Give base.transformer_low_noise too, or set experts.train to {which}."
             yield Problem("experts.train is both, and one file is given", f"{title} has two experts, each a file", remedy)
         elif detection.expert not in (None, train):
             value = f"experts.train is {train}, base.transformer is the {detection.expert}-noise expert by its name"
@@ -89,11 +99,11 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
     except VideoTrainerError as error:
         yield from _problems("base.transformer_low_noise", error)
         return
-    if detection.expert == "low" or other.expert == "high":
+    if Path(low) == Path(job.base.transformer):
+        yield Problem("base.transformer and base.transformer_low_noise are one file", "each expert has its own", "Give both files.")
+    elif detection.expert == "low" or other.expert == "high":
         value = f"base.transformer is {Path(job.base.transformer).name}, base.transformer_low_noise is {Path(low).name}"
         yield Problem(value, "the first is the high-noise expert, the second the low-noise one", "Exchange them.")
-    elif Path(low) == Path(job.base.transformer):
-        yield Problem("base.transformer and base.transformer_low_noise are one file", "each expert has its own", "Give both files.")
 
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:

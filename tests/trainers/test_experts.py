@@ -153,7 +153,7 @@ def test_a_run_starts_from_a_pair_of_loras(tmp_path: Path) -> None:
     ("change", "told"),
     [
         (lambda base: base | {"transformer_low_noise": None}, "experts.train is both, and one file is given; .* has two experts"),
-        (lambda base: base | {"transformer": base["transformer_low_noise"]}, "Exchange them"),
+        (lambda base: base | {"transformer": base["transformer_low_noise"]}, "are one file"),
         (lambda base: {name: base[other] for name, other in zip(base, reversed(base), strict=True)}, "Exchange them"),
         (lambda base: base | {"transformer_low_noise": "nowhere.safetensors"}, "nowhere.safetensors does not exist"),
     ],

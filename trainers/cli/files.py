@@ -74,13 +74,16 @@ def dataset(options: argparse.Namespace) -> None:
 
 def encode(options: argparse.Namespace) -> None:
     """Encode a folder of clips."""
+    from ..checkpoint import Checkpoint
     from ..encoders import encode_dataset
+    from ..family import detect_vae
     from ..folder_encoder import EncoderFiles, FolderEncoder, needed_parts
 
     family, variant = _model(options, default=False)
     _check_encode(options, family, variant)
     needed = needed_parts(family, variant)
     files = EncoderFiles.find(options.base, needed, **{name: getattr(options, name) for name in ENCODER_PARTS})
+    detect_vae(Checkpoint.open(files.vae, "vae"), family, variant, to_encode=True)
     _check_text_encoder(options, files)
     encoder = FolderEncoder(family, variant, files, options.device)
     prompts = [*options.prompt, *([options.negative] if options.negative else [])]
