@@ -47,14 +47,15 @@ def clip_problems(job: Job, family: Family, variant: Variant, encoded: Encoded) 
 
 def image_problems(field: str, images: Sequence[str], prompts: int, variant: Variant, rule: FirstFrameRule | None) -> Iterator[Problem]:
     """What is wrong with the images of previews: one for each prompt or one for all; "" stands for none."""
+    if any(images) and rule is None:
+        yield Problem(f"{field} has {len(images)}", f"{variant.title} starts from text alone", "Leave the images out.")
+        return
     images = [*images] * (prompts if len(images) == 1 else 1)
     given = [path for path in images if path]
-    if given and rule is None:
-        yield Problem(f"{field} has {len(given)}", f"{variant.title} starts from text alone", "Leave the images out.")
-    elif images and len(images) != prompts:
+    if images and len(images) != prompts:
         yield Problem(f"{field} has {len(images)} for {prompts} prompts", "each prompt has one", "Give as many, or a single one for all.")
     elif rule and rule.always and len(given) < prompts:
-        value = f"{field} has {len(given)} images for {prompts} prompts"
+        value = f"{field} has {len(given)} for {prompts} prompts"
         yield Problem(value, f"{variant.title} always starts from one", "Give one for each prompt.")
     names = [Path(path).name for path in dict.fromkeys(given)]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -43,6 +43,7 @@ class FirstFrameWan(type(WAN)):  # type: ignore[misc]
     """ALWAYS starts from an image and requires everything; SOMETIMES may keep latent 0; NEVER is Wan itself."""
 
     variants = (NEVER, ALWAYS, SOMETIMES)
+    vaes = tuple(replace(vae, variants=()) for vae in WAN.vaes[:1])
 
     def __init__(self) -> None:
         self.seen: list[Conditions] = []
@@ -56,7 +57,7 @@ class FirstFrameWan(type(WAN)):  # type: ignore[misc]
 
     def detect_vae(self, checkpoint: Checkpoint) -> VaeDetection | None:
         found = super().detect_vae(checkpoint)
-        return found and replace(found, vae=replace(found.vae, variants=()))
+        return found and replace(found, vae=self.vaes[0])
 
     def required(self, variant: Variant) -> frozenset[str]:
         return EVERYTHING if variant is ALWAYS else frozenset({LATENTS})

@@ -275,9 +275,9 @@ def test_stills_are_nothing_to_learn_from_for_a_model_that_always_starts_from_an
 @pytest.mark.parametrize(
     ("variant", "images", "told"),
     [
-        (NEVER, ["start.png"], "previews.images has 2; Wan 2.1 T2V (other size) starts from text alone"),
-        (ALWAYS, [], "previews.images has 0 images for 2 prompts; Stand-in I2V always starts from one"),
-        (ALWAYS, ["start.png", ""], "previews.images has 1 images for 2 prompts; Stand-in I2V always starts from one"),
+        (NEVER, ["start.png"], "previews.images has 1; Wan 2.1 T2V (other size) starts from text alone"),
+        (ALWAYS, [], "previews.images has 0 for 2 prompts; Stand-in I2V always starts from one"),
+        (ALWAYS, ["start.png", ""], "previews.images has 1 for 2 prompts; Stand-in I2V always starts from one"),
         (SOMETIMES, ["start.png"] * 3, "previews.images has 3 for 2 prompts; each prompt has one"),
         (SOMETIMES, ["start.png", "a/start.png"], "previews.images names two files start.png; images are known by their names"),
         (SOMETIMES, ["other.png"], f"other.png is not encoded at the previews' size; images are encoded with the data set. {AGAIN}"),
