@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .errors import Problem
+from .errors import CheckpointError, Problem
 from .family import Family, Variant
 
 # The table of word rows in each layout: transformers' T5 (shared or not), Llama and Llava, CLIP, and Wan's own UMT5.
@@ -15,8 +15,12 @@ _WORDS = ("shared", "encoder.embed_tokens", "embed_tokens", "token_embedding")
 
 
 def row_width(path: Path) -> int | None:
-    """How wide the rows of a text encoder are; None when its header does not tell. Raises CheckpointError for a damaged file."""
-    for name, stored in Checkpoint.open(path, "text_encoder").tensors.items():
+    """How wide the rows of a text encoder are; None when its header does not tell, or is of a kind that others read (GGUF)."""
+    try:
+        tensors = Checkpoint.open(path, "text_encoder").tensors
+    except CheckpointError:
+        return None
+    for name, stored in tensors.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and len(stored.shape) == 2 and any(module == words or module.endswith(f".{words}") for words in _WORDS):
             return stored.shape[1]

@@ -33,7 +33,9 @@ def test_the_table_of_words_tells_the_width(tmp_path: Path, words: tuple[str, in
 
 def test_what_the_header_does_not_tell_is_no_problem(tmp_path: Path) -> None:
     path = encoder(tmp_path, "unknown", ("blocks.0.weight", 4096))
+    (tmp_path / "encoder.gguf").write_bytes(b"GGUF")
     assert row_width(path) is None
+    assert row_width(tmp_path / "encoder.gguf") is None
     assert encoder_problem([path], WAN, VARIANT, CONFIG) is None
     assert encoder_problem([], WAN, VARIANT, CONFIG) is None
 
