@@ -64,8 +64,8 @@ class LoraSpec(_Spec):
 class OptimizerSpec(_Spec):
     """How the adapter's weights move."""
 
-    kind: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """adamw8bit needs bitsandbytes, prodigy needs prodigyopt."""
+    kind: Literal["adamw", "adamw8bit", "adamw_kahan", "prodigy"] = "adamw"
+    """adamw8bit needs bitsandbytes, adamw_kahan (for weights in bf16) torch-optimi, prodigy needs prodigyopt."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate (Prodigy: use 1.0)."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
@@ -106,6 +106,34 @@ class ExpertsSpec(_Spec):
     """How far each is trained beyond the boundary, since samplers do not switch exactly there."""
     learning_rate_low: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the low-noise expert; None: `optimizer.learning_rate`."""
+
+
+class MemorySpec(_Spec):
+    """How a model that is larger than the card is trained. What is left out or "auto", the plan chooses."""
+
+    vram_gib: Annotated[float, Field(gt=0)] | None = None
+    """What training may take of the card, in GiB; None: what is free when it starts."""
+    ram_gib: Annotated[float, Field(gt=0)] | None = None
+    """What it may take of the machine's memory, in GiB (mapped files do not count); None: what is free when it starts."""
+    quantise: Literal["none", "fp8", "nf4"] = "none"
+    """How 16-bit weights of the blocks are kept: as they are, as fp8 with scales, or as nf4 (needs bitsandbytes)."""
+    stream: Literal["auto", "never", "always"] = "auto"
+    """Whether blocks come from the machine's memory when they are used: as many as the card cannot hold, none, or all."""
+    host: Literal["auto", "mapped", "pinned"] = "auto"
+    """Where streamed weights wait: in the mapped file, or copied into pinned memory (faster, takes their bytes)."""
+    activations: Literal["auto", "device", "host"] = "auto"
+    """Where the input of each block waits for the backward pass."""
+    chunks: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Parts in which the feed-forward of a long sequence is computed, to save memory; None: the plan chooses."""
+
+
+class SpeedSpec(_Spec):
+    """How fast it is computed."""
+
+    attention: Literal["auto", "native", "flash", "flash_3", "xformers"] = "auto"
+    """Which library computes attention: auto and native are PyTorch's own; flash needs flash-attn, xformers needs xformers."""
+    compile: bool = False
+    """Compile the blocks (torch.compile): the first steps take minutes longer, every later one is faster."""
 
 
 class HeldOutSpec(_Spec):
@@ -207,6 +235,8 @@ class Job(_Spec):
     trigger_words: tuple[str, ...] = ()
     """Written into the LoRA's metadata."""
 
+    method: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA, or all weights of a small model (written as a native checkpoint)."""
     steps: PositiveInt | None = None
     """Optimizer steps; give this or `epochs`."""
     epochs: PositiveInt | None = None
@@ -238,6 +268,8 @@ class Job(_Spec):
     optimizer: OptimizerSpec = OptimizerSpec()
     noise: NoiseSpec = NoiseSpec()
     experts: ExpertsSpec = ExpertsSpec()
+    memory: MemorySpec = MemorySpec()
+    speed: SpeedSpec = SpeedSpec()
     held_out: HeldOutSpec = HeldOutSpec()
     previews: PreviewSpec = PreviewSpec()
     checkpoints: CheckpointSpec = CheckpointSpec()
@@ -295,6 +327,9 @@ _LATER: dict[tuple[str, ...], Any] = {
     ("guidance",): None,
     ("lora", "dora"): False,
     ("experts",): ExpertsSpec().model_dump(mode="json"),
+    ("memory",): MemorySpec().model_dump(mode="json"),
+    ("speed",): SpeedSpec().model_dump(mode="json"),
+    ("method",): "lora",
     ("base", "transformer_low_noise"): None,
     ("previews", "clip_folder"): None,
     ("previews", "images"): [],
