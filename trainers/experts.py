@@ -18,6 +18,7 @@ from torch import nn
 
 from .family import Variant
 from .job import Job
+from .offload.linear import FrozenLinear
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class FrozenWeights:
     def __init__(self, transformer: nn.Module, device: torch.device) -> None:
         """`transformer` lies on the CPU; what it holds now is frozen."""
         self._host = list(_tensors(transformer))
+        self._linears = [(module, module.stored_tensors()) for module in transformer.modules() if isinstance(module, FrozenLinear)]
         self._device = device
 
     def enter(self) -> None:
@@ -121,6 +123,8 @@ class FrozenWeights:
     def _place(self, device: torch.device) -> None:
         if self._device.type == "cpu":
             return
+        for linear, tensors in self._linears:
+            linear.bind({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
         for holder, name, tensor in self._host:
             placed = tensor.to(device, non_blocking=True)
             is_parameter = isinstance(getattr(holder, name), nn.Parameter)
@@ -128,9 +132,8 @@ class FrozenWeights:
 
 
 def _tensors(transformer: nn.Module) -> Iterator[tuple[Any, str, torch.Tensor]]:
-    """(module, attribute, tensor) of every parameter, buffer, and scale of a FrozenLinear."""
+    """(module, attribute, tensor) of every parameter and buffer but those that a FrozenLinear binds."""
     for module in transformer.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            yield module, name, tensor.data
-        if isinstance(scale := getattr(module, "scale", None), torch.Tensor):
-            yield module, "scale", scale
+            if not (isinstance(module, FrozenLinear) and name == "weight"):
+                yield module, name, tensor.data

@@ -17,6 +17,7 @@ from trainers.flow import draw_sigma, generator
 from trainers.job import Job, NoiseSpec, parse_job
 from trainers.load import native_state
 from trainers.lora_description import expert_of
+from trainers.offload.linear import FrozenLinear
 from trainers.preflight import check
 from trainers.run import Run
 from trainers.stable_file import save_file
@@ -195,8 +196,7 @@ def test_pairs_of_files_by_their_names(tmp_path: Path, name: str, other: str) ->
 
 def test_frozen_weights_move_and_come_back_uncopied() -> None:
     """On a meta device, which has no memory: what comes back is the very tensors."""
-    linear = torch.nn.Linear(2, 2)
-    linear.scale = torch.ones(2, 1)
+    linear = FrozenLinear(torch.ones(2, 2), torch.ones(2), torch.ones(2, 1))
     weights, before = FrozenWeights(linear, torch.device("meta")), linear.weight.data_ptr()
     trained = torch.nn.Parameter(torch.ones(1))
     linear.lora = trained
