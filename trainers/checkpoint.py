@@ -74,6 +74,13 @@ class Checkpoint:
         """Bytes of all weights."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
+    def config_fields(self, class_name: str, fields: Iterable[str]) -> dict[str, Any]:
+        """The named fields of the config.json, lists as tuples; none unless it is the one of that diffusers class."""
+        config = self.config or {}
+        if config.get("_class_name") != class_name:
+            return {}
+        return {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in fields if name in config}
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is stored, mapped from the file without a copy: never write to it."""
         return self._load(self.tensors[name])
