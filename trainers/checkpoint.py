@@ -75,11 +75,11 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def config_fields(self, class_name: str, fields: Iterable[str]) -> dict[str, Any]:
-        """The named fields of the config.json, lists as tuples; none unless it is the one of that diffusers class."""
+        """The named fields of the config.json; none unless it is the one of that diffusers class."""
         config = self.config or {}
         if config.get("_class_name") != class_name:
             return {}
-        return {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in fields if name in config}
+        return {name: config[name] for name in fields if name in config}
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is stored, mapped from the file without a copy: never write to it."""

@@ -144,6 +144,7 @@ class Hunyuan:
             return None
         config = _config_from_shapes(shapes)
         config |= checkpoint.config_fields("HunyuanVideoTransformer3DModel", tuple(_CONSTANTS))
+        config["rope_axes_dim"] = tuple(config["rope_axes_dim"])
         channels = config["in_channels"], config["out_channels"]
         if channels not in ((16, 16), (33, 16)):
             what = "SkyReels I2V" if channels == (32, 16) else f"a HunyuanVideo with {channels[0]} channels in and {channels[1]} out"
