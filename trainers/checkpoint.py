@@ -134,7 +134,7 @@ def _open_all(paths: Iterable[Path], subject: str) -> dict[Path, TensorFile]:
         except ProblemsError as error:
             problems.extend(error.problems)
     if problems:
-        raise CheckpointError(problems, subject=subject)
+        raise CheckpointError(problems, subject=subject if len(problems) > 1 else "")  # each names its file
     return files
 
 

@@ -149,6 +149,8 @@ class Hunyuan:
         if channels not in ((16, 16), (33, 16)):
             what = "SkyReels I2V" if channels == (32, 16) else f"a HunyuanVideo with {channels[0]} channels in and {channels[1]} out"
             raise _not_trained(checkpoint, what)
+        if channels[0] == 16 and not config["guidance_embeds"]:
+            raise _not_trained(checkpoint, "a HunyuanVideo without a guidance embedder")
         _check_names(checkpoint)
         variants, notes = ((_I2V_V1,), ()) if config["in_channels"] == 33 else _by_name(checkpoint)
         config["image_condition_type"] = _IMAGE_CONDITION[variants[0].id]
