@@ -87,7 +87,8 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         output: torch.Tensor = _FrozenProduct.apply(input.to(dtype), self, bias)  # type: ignore[no-untyped-call]
         return output
