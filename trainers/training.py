@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from .lora_format import read_lora, write_lora
 from .lora_metadata import lora_metadata
 from .offload.arrangement import Arrangement
 from .optimizers import build_optimizer
+from .prefetch import Batches
 from .preflight import check, extended_run
 from .residency import Residency
 from .run import Run
@@ -60,6 +62,7 @@ class Training:
     learners: tuple[Learner, ...]
     encoded: Encoded
     samples: Samples
+    batches: Batches
     total_steps: int
     device: torch.device
     dtype: torch.dtype
@@ -126,6 +129,7 @@ def open_training(run: Run) -> Training:
         learners=learners,
         encoded=encoded,
         samples=samples,
+        batches=Batches(samples, _sigmas_at(job, learners, samples.total_steps), accelerator.process_index, accelerator.num_processes),
         total_steps=samples.total_steps,
         device=accelerator.device,
         dtype=DTYPES[precision],
@@ -146,6 +150,12 @@ def arrangement_of(job: Job) -> Arrangement:
         chunks=memory.chunks or 1,
         compile=job.speed.compile,
     )
+
+
+def _sigmas_at(job: Job, learners: Sequence[Learner], total_steps: int) -> Callable[[int], tuple[float, float]]:
+    """Between which noise levels a step trains: those of the expert whose turn it is."""
+    trained = [learner for learner in learners if learner.expert.trained]
+    return lambda step: trained[turn_of(step, total_steps, job.experts.turn_steps, len(trained)).index].sigmas
 
 
 def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement) -> Learner:
