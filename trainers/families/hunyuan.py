@@ -116,6 +116,7 @@ class Hunyuan:
         ),
     )
     blocks: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
+    token_wise: tuple[str, ...] = ("ff", "ff_context")
     control: ControlLoras | None = None
 
     def latent(self, variant: Variant) -> LatentSpec:

@@ -160,6 +160,7 @@ class Ltx:
         feed_forward=(r"^transformer_blocks\.\d+\.ff\.net\.0\.proj$", r"^transformer_blocks\.\d+\.ff\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
+    token_wise: tuple[str, ...] = ("ff",)
     control: ControlLoras | None = ControlLoras(
         "reference", r"(lora_unet_)?transformer_blocks[._]\d+[._](attn1|attn2|ff)[._]", comfyui_model="LTXV"
     )

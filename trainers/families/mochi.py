@@ -178,6 +178,7 @@ class Mochi:
         feed_forward=(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)$",),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
+    token_wise: tuple[str, ...] = ("ff", "ff_context")
     control: ControlLoras | None = None
 
     def latent(self, variant: Variant) -> LatentSpec:

@@ -76,6 +76,7 @@ class Wan:
         feed_forward=(r"^blocks\.\d+\.ffn\.net\.0\.proj$", r"^blocks\.\d+\.ffn\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("blocks",)
+    token_wise: tuple[str, ...] = ("ffn",)
     control: ControlLoras | None = ControlLoras(
         "channels", r"(lora_unet_)?(blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]|patch_embedding\.)", comfyui_model="WAN21"
     )
