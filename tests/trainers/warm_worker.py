@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import runpy
 import sys
+from multiprocessing import util
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 WORKER = Path(__file__).parents[2] / "trainers" / "worker.py"
+util.get_temp_dir()  # now, in the system's: the folder that the tests get for their locks is gone before this process ends
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch", "diffusers.models.transformers.transformer_wan"])
 
