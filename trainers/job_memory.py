@@ -74,9 +74,7 @@ def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: M
     keep_stored = None if streams else False
     transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams)
     add = partial(inject, family=detection.family, spec=job.lora, seed=job.seed, device=_META)
-    return Tracer(
-        detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation
-    )
+    return Tracer(detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation)
 
 
 def _kernels(machine: Machine) -> Kernels:
@@ -108,7 +106,9 @@ def largest_batch(job: Job, detection: Detection, encoded: Encoded, items: Seque
 
 def _text(encoded: Encoded, items: Sequence[EncodedItem]) -> tuple[int, int, int | None]:
     """Rows of the longest text of those that are looked at, their width, and that of the pooled output."""
-    keys = sorted({item.text for item in items} | {item.text_without_caption or "" for item in items} - {""} | set(encoded.prompts.values()))
+    keys = sorted(
+        {item.text for item in items} | {item.text_without_caption or "" for item in items} - {""} | set(encoded.prompts.values())
+    )
     found = [encoded.cache.shapes(IMAGE_TEXT, key) for key in keys[:: max(len(keys) // _TEXTS_LOOKED_AT, 1)]]
     pooled = found[0].get("pooled_D")
     return max(shapes["embeds_LD"][0] for shapes in found), found[0]["embeds_LD"][1], pooled[0] if pooled else None

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import JobError, Problem
+
 GIB = 2**30
 ASSUMED_DISK_RATE = 2e9
 """Bytes per second of a file that is not in memory: an NVMe drive. Not measured, a file may be cached while it is tried."""
@@ -84,9 +86,18 @@ CARDS = (
 )
 
 
-def typical_card(vram_gib: float) -> Card:
-    """The card of the table that is nearest in size; a T4 only by its name."""
-    return min((card for card in CARDS if card.bf16), key=lambda card: abs(card.gib - vram_gib))
+def card_of(name: str | None, vram_gib: float | None) -> Card:
+    """The card of the table of that name, or the nearest in size (a T4 only by its name).
+
+    Raises JobError for a name that is not in the table.
+    """
+    if name is None:
+        assert vram_gib is not None, "a card has a name or a size"
+        return min((card for card in CARDS if card.bf16), key=lambda card: abs(card.gib - vram_gib))
+    for card in CARDS:
+        if card.name.lower() == name.lower():
+            return card
+    raise JobError(Problem(f"--card is {name}", f"known are {', '.join(card.name for card in CARDS)}", "Give --vram instead."))
 
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -112,6 +123,15 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
         turing=not bf16,
         measured=True,
     )
+
+
+def empty_card(device: torch.device) -> Machine:
+    """A CUDA card of this machine as if nothing else were on it. Nothing is measured: what fits does not depend on rates."""
+    properties = torch.cuda.get_device_properties(device)
+    card = card_of(None, properties.total_memory / GIB)
+    older = (properties.major, properties.minor) < (8, 0)
+    machine = card.machine(available_ram() / GIB, properties.total_memory / GIB)
+    return replace(machine, name=properties.name, bf16=not older, turing=older)
 
 
 def _flops_rate(device: torch.device, dtype: torch.dtype) -> float:

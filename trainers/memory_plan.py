@@ -126,7 +126,7 @@ def choose(job: Job, traced: Traced, machine: Machine) -> MemoryPlan:
 def _arrangements(job: Job, machine: Machine) -> Iterator[Arrangement]:
     """Every way to run the blocks, what does least first; where their weights are is left open."""
     compiled = job.speed.compile
-    if not job.gradient_checkpointing or job.method == "full" and machine.device != "cuda":
+    if not job.gradient_checkpointing or (job.method == "full" and machine.device != "cuda"):
         yield Arrangement(checkpointing=job.gradient_checkpointing, compile=compiled)
         return
     on_card, spec = machine.device == "cuda", job.memory
@@ -164,10 +164,8 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
     way = placement.copied_per_way * placement.slot_bytes / rate if placement.streamed else 0.0
     inputs = step.inputs_bytes / machine.copy_rate if on_host else 0.0
     forward, backward = (_seconds(work, machine) for work in (step.forward, step.backward))
-    if placement.slots == 1:
-        one_pass = forward + backward + 2 * way + inputs
-    else:
-        one_pass = max(forward, way, inputs) + max(backward, way + inputs)
+    side_by_side = max(forward, way, inputs) + max(backward, way + inputs)
+    one_pass = forward + backward + 2 * way + inputs if placement.slots == 1 else side_by_side
     updated = model.parameters * (16 + 2 * OPTIMIZER_BYTES[job.optimizer.kind]) / machine.memory_rate
     from_file = _weights_rate(machine, replace(arrangement, host="mapped"), model, host)
     change = (placement.device_bytes + model.beside) / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
@@ -250,7 +248,9 @@ def _halves(count: int) -> list[int]:
 
 def _of_size(shape: StepShape, latents_CFHW: tuple[int, int, int, int]) -> StepShape:
     """The shape with other latents; what has the shape of latents changes with them."""
-    extras = {kind: (size[0], min(size[1], latents_CFHW[1]), *latents_CFHW[2:]) if len(size) == 4 else size for kind, size in shape.extras.items()}
+    extras = {
+        kind: (size[0], min(size[1], latents_CFHW[1]), *latents_CFHW[2:]) if len(size) == 4 else size for kind, size in shape.extras.items()
+    }
     return replace(shape, latents_CFHW=latents_CFHW, extras=extras)
 
 

@@ -8,16 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from .adherence import find_clip_problems
+from .batches import Samples
 from .checkpoint import Checkpoint
 from .condition_problems import clip_problems, condition_problems, preview_problems
 from .data.encoded import Encoded
-from .device import pick_device
+from .device import DTYPES, pick_device, pick_precision
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
 from .even_blocks import block_problem
 from .family import Detection, Family, detect, detect_vae, family_of
 from .job import Job, LoraSpec
+from .job_memory import plan_memory
 from .lora import dora_problem
 from .lora_description import describe
+from .machine import empty_card
 from .optimizers import check_installed
 from .run import Run, find_run
 
@@ -27,8 +30,22 @@ def check(job: Job, started: bool = False) -> None:
 
     A run that has `started` goes on from its own checkpoints: what it began with may be gone.
     """
-    if problems := list(find_problems(job, started)):
+    if problems := list(find_problems(job, started)) or list(_memory_problems(job)):
         raise JobError(problems, subject=f"The job {job.name} cannot run")
+
+
+def _memory_problems(job: Job) -> Iterator[Problem]:
+    """Whether a job that is right otherwise fits on its card when nothing else is there. Reads headers, computes nothing."""
+    device = pick_device(job)
+    if device.type != "cuda" or job.method == "full":
+        return
+    dtype, encoded = DTYPES[pick_precision(job, device)], Encoded.open(Path(job.encoded), job.encoded_identity)
+    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    samples = Samples.of(job, detection.family, detection.variant, encoded, 1, device, dtype)
+    try:
+        plan_memory(job, detection, samples, device, dtype, empty_card(device))
+    except JobError as error:
+        yield from error.problems
 
 
 def check_settings(job: Job, started: bool = False) -> None:

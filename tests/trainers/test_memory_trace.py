@@ -64,7 +64,9 @@ def real_batch(shape: StepShape, family: Family, dtype: torch.dtype) -> Batch:
     chance = torch.Generator().manual_seed(0)
     pooled = None if shape.pooled_width is None else torch.randn(shape.pooled_width, generator=chance)
     latents = torch.randn(1, *shape.latents_CFHW, generator=chance)
-    text = family.collate_text([TextRecord(torch.randn(shape.text_rows, shape.text_width, generator=chance), pooled)], torch.device("cpu"), dtype)
+    text = family.collate_text(
+        [TextRecord(torch.randn(shape.text_rows, shape.text_width, generator=chance), pooled)], torch.device("cpu"), dtype
+    )
     conditions = Conditions({FIRST_FRAME: latents[:, :, :1]}, None, torch.full((1,), 24.0))
     return Batch(latents, torch.randn(latents.shape, generator=chance), torch.tensor([0.5]), text, conditions)
 
@@ -92,10 +94,14 @@ def measured_peak(family: Family, dtype: torch.dtype, arrangement: Arrangement) 
     return peak
 
 
-CASES = [(family, "checkpoints", torch.float32) for family in GROWN] + [("wan", way, torch.float32) for way in WAYS if way != "checkpoints"]
+CASES = [(family, "checkpoints", torch.float32) for family in GROWN]
+CASES += [("wan", way, torch.float32) for way in WAYS if way != "checkpoints"]
+CASES += [("wan", "checkpoints", torch.bfloat16), ("hunyuan", "whole", torch.bfloat16)]
 
 
-@pytest.mark.parametrize(("family_id", "way", "dtype"), [*CASES, ("wan", "checkpoints", torch.bfloat16), ("hunyuan", "whole", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family_id", "way", "dtype"), [*CASES, ("wan", "checkpoints", torch.bfloat16), ("hunyuan", "whole", torch.bfloat16)]
+)
 def test_a_real_step_takes_what_the_trace_says(family_id: str, way: str, dtype: torch.dtype) -> None:
     family = families()[family_id]
     variant, tracer = traced(family, dtype)
