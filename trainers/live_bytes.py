@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 _aten: Any = torch.ops.aten
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages made on devices of a type while it is entered, from their making until nothing refers to them.
 
     `live` and `peak` are bytes. What was there before does not count: name it in `known`. What an operator takes for itself
@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str, known: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.moved_bytes = 0
         self.flops = self.attention_flops = 0.0
         self._device_type = device_type

@@ -1,7 +1,7 @@
 """Chooses how a model is kept and run on a machine, and says what that takes and why.
 
-Every arrangement that there is gets a price, in bytes and in seconds; of those that fit, the quickest is taken, and of equals the
-one that does least. What is predicted is the most that PyTorch allocates at once (`torch.cuda.max_memory_allocated`); what of
+Arrangements get a price, in bytes and in seconds; of those that fit, the quickest is taken, and of equals the one that copies
+least. What is predicted is the most that PyTorch allocates at once (`torch.cuda.max_memory_allocated`); what of
 the device stays free besides is `reserve_bytes`.
 """
 
@@ -104,7 +104,7 @@ class MemoryPlan:
 
 
 def choose(job: Job, traced: Traced, machine: Machine) -> MemoryPlan:
-    """The quickest arrangement that fits; of those nearly as quick the one that does least.
+    """The quickest arrangement that fits; of those nearly as quick the one that copies least.
 
     What `memory.*` and `gradient_checkpointing` of the job say is kept to. When nothing fits, the plan of the least memory.
     """
@@ -113,14 +113,17 @@ def choose(job: Job, traced: Traced, machine: Machine) -> MemoryPlan:
     for base in _arrangements(job, machine):
         prices += _placed(job, traced, machine, base)
         fitting = [price for price in prices if price.fits(machine)]
-        if fitting and min(price.step_seconds for price in fitting) <= NEARLY_EQUAL * prices[0].unhindered_seconds:
-            break  # no other way can be quicker than one that hides all copies
+        if any(price.copy_seconds == 0 for price in fitting):
+            break
+        hidden = [price for price in fitting if price.step_seconds <= NEARLY_EQUAL * prices[0].unhindered_seconds]
+        if hidden and (base.activations == "host" or job.memory.activations != "auto"):
+            break  # to cut the feed-forward would only take longer
     if not fitting:
         least = min(prices, key=lambda price: max(price.device_bytes - machine.free_bytes, price.host_bytes - machine.ram_bytes))
         return MemoryPlan(job, machine, traced.model, least, fits=False)
     quickest = min(price.step_seconds for price in fitting)
-    price = next(price for price in fitting if price.step_seconds <= NEARLY_EQUAL * quickest)
-    return MemoryPlan(job, machine, traced.model, price, fits=True)
+    nearly = [price for price in fitting if price.step_seconds <= NEARLY_EQUAL * quickest]
+    return MemoryPlan(job, machine, traced.model, min(nearly, key=lambda price: price.copy_seconds), fits=True)
 
 
 def _arrangements(job: Job, machine: Machine) -> Iterator[Arrangement]:
@@ -217,12 +220,11 @@ def _remedies(plan: MemoryPlan, traced: Traced) -> Iterator[str]:
     def fits(changed: Job, smaller: StepShape = shape, model: ModelBytes = traced.model) -> bool:
         return choose(changed, _Other(traced, model, smaller), plan.machine).fits
 
-    free = job.model_copy(update={"memory": MemorySpec(vram_gib=job.memory.vram_gib, ram_gib=job.memory.ram_gib)})
-    if free != job.model_copy(update={"memory": free.memory}) or not job.gradient_checkpointing:
-        relaxed = free.model_copy(update={"gradient_checkpointing": True})
-        if fits(relaxed):
-            yield 'gradient_checkpointing = true and memory.* as the plan chooses ("auto")'
-            return
+    memory = MemorySpec(vram_gib=job.memory.vram_gib, ram_gib=job.memory.ram_gib, quantise=job.memory.quantise)
+    relaxed = job.model_copy(update={"memory": memory, "gradient_checkpointing": True})
+    if relaxed != job and fits(relaxed):
+        yield "gradient_checkpointing = true and memory.* as the plan chooses"
+        return
     if shape.batch_size > 1 and fits(job, replace(shape, batch_size=1)):
         yield "batch_size 1 with more accumulation"
     channels, frames, height, width = shape.latents_CFHW

@@ -60,7 +60,7 @@ class Plan:
     @property
     def run_seconds(self) -> float | None:
         """How long the whole run is; None where memory was not planned."""
-        return self.memory and self.steps * self.mean_share * self.memory.price.step_seconds
+        return self.steps * self.mean_share * self.memory.price.step_seconds if self.memory else None
 
     def as_values(self) -> dict[str, Any]:
         """As plain values, for other programs."""
