@@ -43,9 +43,10 @@ class Branch:
 
     @staticmethod
     def forward(module: Any, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
-        """`result` of the base with the adapter added in place: a Linear needs its output for nothing."""
+        """`result` of the base and what the adapter adds, summed where the latter lies (a Linear needs its output for nothing)."""
         down, up, dropout = (parts[active_adapter] for parts in (module.lora_A, module.lora_B, module.lora_dropout))
-        return result.add_(up(down(dropout(x)), module.scaling[active_adapter]))
+        added: torch.Tensor = up(down(dropout(x)), module.scaling[active_adapter])
+        return added.add_(result)
 
     @staticmethod
     def supports_lora_conversion() -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapter import Adapter
+from .attention import use_attention
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
@@ -22,7 +23,7 @@ from .load import load_transformer
 from .lora import adapter_state, base_weights, inject, load_adapter_state
 from .lora_format import read_lora, write_lora
 from .lora_metadata import lora_metadata
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
 from .run import Run
@@ -147,6 +148,7 @@ def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dt
     checkpoint = Checkpoint.open(expert.path)
     detection = detect(checkpoint, job.base.variant)
     transformer: Any = load_transformer(checkpoint, detection, accelerator.device, dtype, False if job.lora.dora else None, resident=alone)
+    use_attention(transformer, job.speed.attention)
     weights = FrozenWeights(transformer, accelerator.device)
     rate = job.optimizer.learning_rate
     if expert.name == "low" and job.experts.learning_rate_low:
@@ -233,7 +235,7 @@ def _load_checkpoint(training: Training, folder: Path) -> None:
         name = learner.expert.name
         load_adapter_state(learner.transformer, read_adapter(folder, training.job.lora.alpha or training.job.lora.rank, name))
         optimizer, scaler = read_optimizer(folder, name)
-        learner.optimizer.load_state_dict(optimizer)
+        load_optimizer_state(learner.optimizer, optimizer)
         if scaler and training.accelerator.scaler:
             training.accelerator.scaler.load_state_dict(scaler)
     training.step = position.step

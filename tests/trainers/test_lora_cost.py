@@ -49,13 +49,13 @@ def adapted(alpha: float | None = None, dtype: torch.dtype = torch.bfloat16, fro
 
 def gradients(layer: Any, dtype: torch.dtype, times: int = 1) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    input_ND = torch.randn(ROWS, layer.in_features, dtype=dtype, requires_grad=True)
+    input_1ND = torch.randn(1, ROWS, layer.in_features, dtype=dtype, requires_grad=True)
     layer.zero_grad()
     for _ in range(times):
-        output_NO = layer(input_ND)
-        output_NO.float().square().sum().backward()
-    assert input_ND.grad is not None
-    return [output_NO, input_ND.grad, layer.lora_A[ADAPTER].weight.grad, layer.lora_B[ADAPTER].weight.grad]
+        output_1NO = layer(input_1ND)
+        output_1NO.float().square().sum().backward()
+    assert input_1ND.grad is not None
+    return [output_1NO, input_1ND.grad, layer.lora_A[ADAPTER].weight.grad, layer.lora_B[ADAPTER].weight.grad]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

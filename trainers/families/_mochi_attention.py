@@ -60,6 +60,6 @@ def _rows(attn: Any, video: torch.Tensor, text: torch.Tensor, angles: tuple[torc
 
 def _turned(rows_BNHD: torch.Tensor, cos_NHR: torch.Tensor, sin_NHR: torch.Tensor) -> torch.Tensor:
     """Each pair of neighbouring features turned by its angle (rotary embedding, arXiv:2104.09864), in float32."""
-    first, second = rows_BNHD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = rows_BNHD.float().reshape(*rows_BNHD.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack([first * cos_NHR - second * sin_NHR, first * sin_NHR + second * cos_NHR], dim=-1)
     return turned.flatten(-2).to(rows_BNHD.dtype)

@@ -32,9 +32,9 @@ def padded(records: Sequence[TextRecord], lengths: Sequence[int], device: torch.
 
 def every_row(embeds_BLD: torch.Tensor) -> torch.Tensor:
     """(B, L) bool, True everywhere, for transformers that take no None."""
-    return torch.ones(1, 1, dtype=torch.bool, device=embeds_BLD.device).expand(embeds_BLD.shape[:2])
+    return torch.ones(1, dtype=torch.bool, device=embeds_BLD.device).as_strided(embeds_BLD.shape[:2], (0, 0))
 
 
 def says_nothing(mask_BL: torch.Tensor) -> bool:
-    """Whether a mask is one of `every_row` (one of a single text row is not recognised, and masks nothing)."""
+    """Whether a mask is one of `every_row`."""
     return mask_BL.stride(1) == 0
