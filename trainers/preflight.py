@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .adherence import find_clip_problems
+from .attention import check_attention
 from .checkpoint import Checkpoint
 from .condition_problems import clip_problems, condition_problems, preview_problems
 from .data.encoded import Encoded
@@ -18,7 +19,7 @@ from .family import Detection, Family, detect, detect_vae, family_of
 from .job import Job, LoraSpec
 from .lora import dora_problem
 from .lora_description import describe
-from .optimizers import check_installed
+from .optimizers import check_optimizer
 from .run import Run, find_run
 
 
@@ -107,7 +108,7 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
-    checks: list[Callable[[], object]] = [lambda: _check_device(job), lambda: check_installed(job.optimizer)]
+    checks: list[Callable[[], object]] = [lambda: _check_device(job), lambda: check_optimizer(job), lambda: check_attention(job, family)]
     if not started:
         checks.append(lambda: _check_start(job, family))
     for attempt in checks:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapter import Adapter
+from .attention import use_attention
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
@@ -23,7 +24,7 @@ from .lora import adapter_state, base_weights, inject, load_adapter_state
 from .lora_format import read_lora, write_lora
 from .lora_metadata import lora_metadata
 from .offload.arrangement import Arrangement
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
 from .residency import Residency
@@ -173,6 +174,7 @@ def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dt
     can_stream = not job.lora.dora and (device.type != "cpu" or arrangement.weights_bytes is not None)
     keep_stored = False if job.lora.dora else None
     transformer: Any = load_transformer(checkpoint, detection, device, dtype, keep_stored, resident=False, all_frozen=can_stream)
+    use_attention(transformer, job.speed.attention)
     residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0)
     rate = job.optimizer.learning_rate
     if expert.name == "low" and job.experts.learning_rate_low:
@@ -257,7 +259,7 @@ def _load_checkpoint(training: Training, folder: Path) -> None:
         name = learner.expert.name
         load_adapter_state(learner.transformer, read_adapter(folder, training.job.lora.alpha or training.job.lora.rank, name))
         optimizer, scaler = read_optimizer(folder, name)
-        learner.optimizer.load_state_dict(optimizer)
+        load_optimizer_state(learner.optimizer, optimizer)
         if scaler and training.accelerator.scaler:
             training.accelerator.scaler.load_state_dict(scaler)
     training.step = position.step
