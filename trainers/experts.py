@@ -106,8 +106,8 @@ class FrozenWeights:
     """
 
     def __init__(self, transformer: nn.Module, device: torch.device) -> None:
-        """`transformer` lies on the CPU; what it holds now is frozen."""
-        self._host = list(_tensors(transformer))
+        """`transformer` lies on the CPU; what of it needs no gradient now is frozen."""
+        self._host = [found for found in _tensors(transformer) if not _is_trained(found[0], found[1])]
         self._device = device
 
     def enter(self) -> None:
@@ -134,3 +134,7 @@ def _tensors(transformer: nn.Module) -> Iterator[tuple[Any, str, torch.Tensor]]:
             yield module, name, tensor.data
         if isinstance(scale := getattr(module, "scale", None), torch.Tensor):
             yield module, "scale", scale
+
+
+def _is_trained(holder: nn.Module, name: str) -> bool:
+    return bool(getattr(getattr(holder, name), "requires_grad", False))

@@ -195,7 +195,7 @@ def test_pairs_of_files_by_their_names(tmp_path: Path, name: str, other: str) ->
 
 def test_frozen_weights_move_and_come_back_uncopied() -> None:
     """On a meta device, which has no memory: what comes back is the very tensors."""
-    linear = torch.nn.Linear(2, 2)
+    linear = torch.nn.Linear(2, 2).requires_grad_(False)
     linear.scale = torch.ones(2, 1)
     weights, before = FrozenWeights(linear, torch.device("meta")), linear.weight.data_ptr()
     trained = torch.nn.Parameter(torch.ones(1))
@@ -208,3 +208,12 @@ def test_frozen_weights_move_and_come_back_uncopied() -> None:
     weights.leave()
     assert linear.weight.data_ptr() == before
     assert not linear.scale.is_meta
+
+
+def test_frozen_weights_leave_what_is_trained_where_it_is() -> None:
+    linear = torch.nn.Linear(2, 2)
+    linear.bias.requires_grad_(False)
+    trained = linear.weight
+    FrozenWeights(linear, torch.device("meta")).enter()
+    assert linear.weight is trained
+    assert linear.bias.is_meta
