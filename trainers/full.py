@@ -190,14 +190,24 @@ def _precision_problems(job: Job) -> Iterator[Problem]:
 # How large it becomes
 
 
-def model_bytes(checkpoint: Checkpoint) -> int:
-    """The size of the file that is written, without its header: that of the base's transformer."""
-    return checkpoint.nbytes
+def full_lines(job: Job, parameters: int, base_bytes: int, steps: int) -> list[str]:
+    """What `plan` says of the weights and of their files; `base_bytes` are those of the base's transformer."""
+    spec, each = job.checkpoints, _resume_bytes(job, parameters)
+    count = -(-steps // spec.every_steps)
+    kept = min(count, spec.keep_last)
+    return [
+        f"weights  {parameters / 1e6:.2f} million, all of them, in {pick_precision(job, pick_device(job))}",
+        f"disk     {count} models of {_size(base_bytes)}, stored as the base is; none is deleted",
+        f"         checkpoints for resuming: about {_size(each)} each, {_size(each * (kept + 1))} while the last of {kept} is written",
+    ]
 
 
-def resume_bytes(job: Job, parameters: int) -> int:
+def _resume_bytes(job: Job, parameters: int) -> int:
     """About the size of a checkpoint for resuming: the weights as they are trained, and the optimizer's numbers."""
-    weight = 2 if pick_precision(job, pick_device(job)) == "bf16" else 4
-    kind = job.optimizer.kind
+    weight, kind = 2 if pick_precision(job, pick_device(job)) == "bf16" else 4, job.optimizer.kind
     values = 2 if kind == "adamw_kahan" and weight == 4 else _OPTIMIZER_VALUES[kind]
     return parameters * (weight + values * (1 if kind == "adamw8bit" else weight))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
