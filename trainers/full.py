@@ -51,6 +51,7 @@ class FullMethod:
     state_file = "weights"
     event_field = "model"
     keep_stored = False
+    can_stream = False
 
     @classmethod
     def of(cls, job: Job, checkpoint: Checkpoint, detection: Detection) -> FullMethod:

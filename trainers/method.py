@@ -34,6 +34,10 @@ class Method(Protocol):
     def keep_stored(self) -> bool | None:
         """How the base is loaded: as `load_transformer` takes it."""
 
+    @property
+    def can_stream(self) -> bool:
+        """Whether blocks may wait in host memory and come when they are used."""
+
     def inject(self, transformer: nn.Module, device: torch.device) -> list[nn.Parameter]:
         """Makes the parameters to train, on `device`, and returns them; all others are frozen."""
 
@@ -70,6 +74,10 @@ class LoraMethod:
     @property
     def keep_stored(self) -> bool | None:
         return False if self.job.lora.dora else None
+
+    @property
+    def can_stream(self) -> bool:
+        return not self.job.lora.dora
 
     def inject(self, transformer: nn.Module, device: torch.device) -> list[nn.Parameter]:
         return inject(transformer, self.family, self.job.lora, self.job.seed, device=device)

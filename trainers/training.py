@@ -1,7 +1,8 @@
-"""What a run needs in memory: the model, what is trained of it, the optimizer, the data; made, restored and saved here."""
+"""What a run needs in memory: the frozen model, the adapter, the optimizer, the data; made, restored and saved here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,16 @@ from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
-from .experts import Expert, FrozenWeights, Turn, expert_at, experts_of, turn_of
+from .experts import Expert, Turn, expert_at, experts_of, turn_of
 from .family import Family, Variant, detect
 from .job import Job
 from .load import load_transformer
 from .method import Method, method_of
+from .offload.arrangement import Arrangement
 from .optimizers import build_optimizer
+from .prefetch import Batches
 from .preflight import check, extended_run
+from .residency import Residency
 from .run import Run
 from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
 
@@ -32,7 +36,7 @@ class Learner:
 
     expert: Expert
     transformer: torch.nn.Module
-    weights: FrozenWeights
+    residency: Residency
     parameters: list[torch.nn.Parameter]
     optimizer: Any
     learning_rate: float
@@ -55,9 +59,12 @@ class Training:
     learners: tuple[Learner, ...]
     encoded: Encoded
     samples: Samples
+    batches: Batches
     total_steps: int
     device: torch.device
     dtype: torch.dtype
+    budget_bytes: int | None = None
+    """What the training may take of the device; None: a device that is not counted."""
     step: int = 0
     resident: Learner | None = None
 
@@ -69,9 +76,9 @@ class Training:
     def trained(self) -> list[Learner]:
         return [learner for learner in self.learners if learner.expert.trained]
 
-    def take_turn(self) -> tuple[Learner, Turn]:
-        """The learner of the present step, on the device and in training mode."""
-        turn = turn_of(self.step, self.total_steps, self.job.experts.turn_steps, len(self.trained))
+    def take_turn(self, step: int | None = None) -> tuple[Learner, Turn]:
+        """The learner of a step (None: the present one), on the device and in training mode."""
+        turn = turn_of(self.step if step is None else step, self.total_steps, self.job.experts.turn_steps, len(self.trained))
         learner = self.trained[turn.index]
         self._make_resident(learner)
         learner.transformer.train()
@@ -84,13 +91,18 @@ class Training:
         self._make_resident(learner)
         return learner.transformer.eval()
 
+    def rearrange(self, arrangement: Arrangement) -> None:
+        """Keeps every transformer otherwise on the device; between two steps only."""
+        for learner in self.learners:
+            learner.residency.rearrange(arrangement)
+
     def _make_resident(self, learner: Learner) -> None:
         if self.resident is learner:
             return
         if self.resident:
-            self.resident.weights.leave()
+            self.resident.residency.leave()
         self.resident = learner
-        learner.weights.enter()
+        learner.residency.enter()
 
 
 def open_training(run: Run) -> Training:
@@ -108,7 +120,8 @@ def open_training(run: Run) -> Training:
     detection = detect(base, job.base.variant)
     method = method_of(job, base, detection)
     experts = experts_of(job, detection.variant)
-    learners = tuple(_learner(expert, job, method, accelerator, DTYPES[precision], alone=len(experts) == 1) for expert in experts)
+    arrangement = arrangement_of(job)
+    learners = tuple(_learner(expert, job, method, accelerator, DTYPES[precision], arrangement) for expert in experts)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(
         job, detection.family, detection.variant, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision]
@@ -123,6 +136,7 @@ def open_training(run: Run) -> Training:
         learners=learners,
         encoded=encoded,
         samples=samples,
+        batches=Batches(samples, _sigmas_at(job, learners, samples.total_steps), accelerator.process_index, accelerator.num_processes),
         total_steps=samples.total_steps,
         device=accelerator.device,
         dtype=DTYPES[precision],
@@ -132,22 +146,41 @@ def open_training(run: Run) -> Training:
     return training
 
 
-def _learner(expert: Expert, job: Job, method: Method, accelerator: Accelerator, dtype: torch.dtype, alone: bool) -> Learner:
-    """An expert with what is trained of it and its optimizer; one that is not alone waits in host memory for its turn."""
+def arrangement_of(job: Job) -> Arrangement:
+    """How a job asks for its blocks to be kept."""
+    memory = job.memory
+    return Arrangement(
+        weights_bytes=0 if memory.stream == "always" else None,
+        host="pinned" if memory.host == "pinned" else "mapped",
+        checkpointing=job.gradient_checkpointing or memory.stream == "always",
+        activations="host" if memory.activations == "host" else "device",
+        chunks=memory.chunks or 1,
+        compile=job.speed.compile,
+    )
+
+
+def _sigmas_at(job: Job, learners: Sequence[Learner], total_steps: int) -> Callable[[int], tuple[float, float]]:
+    """Between which noise levels a step trains: those of the expert whose turn it is."""
+    trained = [learner for learner in learners if learner.expert.trained]
+    return lambda step: trained[turn_of(step, total_steps, job.experts.turn_steps, len(trained)).index].sigmas
+
+
+def _learner(expert: Expert, job: Job, method: Method, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement) -> Learner:
+    """An expert with what is trained of it and its optimizer. It waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
     detection = detect(checkpoint, job.base.variant)
-    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, dtype, method.keep_stored, resident=alone)
-    parameters = method.inject(transformer, accelerator.device) if expert.trained else []
-    weights = FrozenWeights(transformer, accelerator.device)
+    device = accelerator.device
+    can_stream = method.can_stream and (device.type != "cpu" or arrangement.weights_bytes is not None)
+    transformer: Any = load_transformer(checkpoint, detection, device, dtype, method.keep_stored, resident=False, all_frozen=can_stream)
+    parameters = method.inject(transformer, device) if expert.trained else []
+    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0)
     rate = job.optimizer.learning_rate
     if expert.name == "low" and job.experts.learning_rate_low:
         rate = job.experts.learning_rate_low
     if not expert.trained:
-        return Learner(expert, transformer, weights, parameters, None, rate)
-    if job.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        return Learner(expert, transformer, residency, parameters, None, rate)
     optimizer = accelerator.prepare_optimizer(build_optimizer(job.optimizer, parameters))
-    return Learner(expert, transformer, weights, parameters, optimizer, rate)
+    return Learner(expert, transformer, residency, parameters, optimizer, rate)
 
 
 def save_checkpoint(training: Training) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_worker
 from ltx_files import CAUSAL, random_ltx, write_ltx
 from model_files import entries, fp8_entries, shapes_of, write_header_only
 from safetensors.torch import load_file
@@ -32,7 +31,6 @@ from trainers.training import lora_path
 
 WAN, LTX = families()["wan"], families()["ltx"]
 SHAPE = TinyShape(layers=1, ffn=128)
-WORKER = Path(__file__).parents[2] / "trainers" / "worker.py"
 KILL_AT_RENAME = Path(__file__).parent / "kill_at_rename.py"
 
 
@@ -163,8 +161,9 @@ def test_a_killed_run_is_the_run_that_was_never_touched(tmp_path):
     }
     straight, killed = (Run.create(full_job(tmp_path / name, **settings)) for name in ("straight", "killed"))
     assert train(straight) == "done"
-    command = [sys.executable, str(KILL_AT_RENAME), "step-000004", str(WORKER), str(killed.folder)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    worker = warm_worker.start(killed.folder, killed.log_file, str(KILL_AT_RENAME), "step-000004")
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL, killed.log_file.read_text()
     assert killed.checkpoints() == [2]
     killed.tidy()
     assert train(killed) == "done"
