@@ -15,6 +15,7 @@ from .data.encoded import Encoded
 from .errors import DatasetError
 from .experts import experts_of
 from .family import Family, Variant, detect
+from .full import full_lines
 from .job import Job
 from .preflight import check
 from .run import run_of
@@ -25,7 +26,10 @@ Bucket = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job would train. `buckets` counts the training clips of a size, `tokens` is what the transformer sees of one."""
+    """What a job would train. `buckets` counts the training clips of a size, `tokens` is what the transformer sees of one.
+
+    `adapters` is 0 where all weights are trained; `base_bytes` are those of the transformer as its file stores it.
+    """
 
     job: Job
     family: Family
@@ -38,6 +42,7 @@ class Plan:
     steps_per_epoch: float
     adapters: int
     parameters: int
+    base_bytes: int
 
     @property
     def lora_bytes(self) -> int:
@@ -45,9 +50,9 @@ class Plan:
         return 4 * self.parameters
 
     def __str__(self) -> str:
-        job, lora = self.job, self.job.lora
+        job = self.job
         lines = [
-            f"{job.name}: a LoRA for {self.variant.title} ({self.variant.id})",
+            f"{job.name}: {'all weights of' if job.method == 'full' else 'a LoRA for'} {self.variant.title} ({self.variant.id})",
             f"data     {self.clips} clips, {self.held_out} held out, from {job.encoded}",
             *(
                 f"         {count} x {width}x{height}, {frames} frames: {self.tokens[frames, height, width]} tokens each"
@@ -56,12 +61,18 @@ class Plan:
             f"steps    {self.steps} of {job.batch_size * job.accumulation} clips; {self.steps_per_epoch:.1f} are an epoch",
             *self._expert_lines(),
             *self._start_lines(),
-            f"{'DoRA' if lora.dora else 'LoRA'}     rank {lora.rank} on {self.adapters} layers ({lora.targets.replace('_', ' ')}): "
-            f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB",
+            *(full_lines(job, self.parameters, self.base_bytes, self.steps) if job.method == "full" else self._lora_lines()),
             f"learning {job.optimizer.kind}, rate {job.optimizer.learning_rate:g}, {job.optimizer.schedule}",
-            f"output   {Path(job.loras_folder) / job.name}",
+            f"output   {job.output_folder / job.name}",
         ]
         return "\n".join(lines)
+
+    def _lora_lines(self) -> list[str]:
+        lora = self.job.lora
+        return [
+            f"{'DoRA' if lora.dora else 'LoRA'}     rank {lora.rank} on {self.adapters} layers ({lora.targets.replace('_', ' ')}): "
+            f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB",
+        ]
 
     def _expert_lines(self) -> list[str]:
         experts = [expert for expert in experts_of(self.job, self.variant) if expert.name]
@@ -106,12 +117,13 @@ def hand_over(job: Job) -> Job:
 def make_plan(job: Job) -> Plan:
     """What the job would train. Raises JobError with every problem."""
     check(job)
-    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    base = Checkpoint.open(job.base.transformer)
+    detection = detect(base, job.base.variant)
     encoded = Encoded.open(Path(job.encoded))
     samples = Samples.of(job, detection.family, detection.variant, encoded, 1, torch.device("cpu"), torch.float32)
     spec = detection.family.latent(detection.variant)
     buckets = Counter((item.num_frames, item.height, item.width) for item in samples.items)
-    adapters, parameters = _adapters(job, detection.family, detection.config)
+    adapters, parameters = _trained(job, detection.family, detection.config)
     return Plan(
         job=job,
         family=detection.family,
@@ -124,13 +136,16 @@ def make_plan(job: Job) -> Plan:
         steps_per_epoch=samples.order.micro_per_epoch / samples.order.micro_per_step,
         adapters=adapters,
         parameters=parameters,
+        base_bytes=base.nbytes,
     )
 
 
-def _adapters(job: Job, family: Family, config: Mapping[str, object]) -> tuple[int, int]:
-    """How many layers get an adapter, and how many parameters these have together; the base itself takes no memory."""
+def _trained(job: Job, family: Family, config: Mapping[str, object]) -> tuple[int, int]:
+    """How many layers get an adapter, and how many parameters are trained; the base itself takes no memory."""
     from .lora import inject
 
     transformer = family.build(config)
+    if job.method == "full":
+        return 0, sum(parameter.numel() for parameter in transformer.parameters())
     parameters = inject(transformer, family, job.lora, job.seed, device=torch.device("meta"))
     return len(parameters) // (3 if job.lora.dora else 2), sum(parameter.numel() for parameter in parameters)
