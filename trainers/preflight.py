@@ -19,6 +19,7 @@ from .job import Job, LoraSpec
 from .lora import dora_problem
 from .lora_description import describe
 from .optimizers import check_installed
+from .quantise import check_quantiser, quantise_problems
 from .run import Run, find_run
 
 
@@ -107,7 +108,12 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
-    checks: list[Callable[[], object]] = [lambda: _check_device(job), lambda: check_installed(job.optimizer)]
+    yield from quantise_problems(job)
+    checks: list[Callable[[], object]] = [
+        lambda: _check_device(job),
+        lambda: check_installed(job.optimizer),
+        lambda: check_quantiser(job.memory.quantise),
+    ]
     if not started:
         checks.append(lambda: _check_start(job, family))
     for attempt in checks:

@@ -136,7 +136,15 @@ def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dt
     """An expert with its LoRA and optimizer; one that is not alone waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
     detection = detect(checkpoint, job.base.variant)
-    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, dtype, False if job.lora.dora else None, resident=alone)
+    transformer: Any = load_transformer(
+        checkpoint,
+        detection,
+        accelerator.device,
+        dtype,
+        keep_stored=False if job.lora.dora else None,
+        resident=alone,
+        quantise=job.memory.quantise,
+    )
     weights = FrozenWeights(transformer, accelerator.device)
     rate = job.optimizer.learning_rate
     if expert.name == "low" and job.experts.learning_rate_low:
