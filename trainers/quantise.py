@@ -61,12 +61,12 @@ def _nf4(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _decode_nf4(tensors: Sequence[torch.Tensor], shape_OI: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
     packed, absmax = tensors
-    dense_OI = torch.empty(shape_OI, dtype=dtype, device=packed.device)
-    dequantize_4bit(packed.unsqueeze(1), absmax=absmax, out=dense_OI, blocksize=_NF4_BLOCK, quant_type="nf4")
-    return dense_OI
+    state = QuantState(absmax, shape=torch.Size(shape_OI), dtype=dtype, blocksize=_NF4_BLOCK, quant_type="nf4")
+    dense: torch.Tensor = dequantize_4bit(packed.unsqueeze(1), state)
+    return dense.view(shape_OI)
 
 
 NF4 = Packing("nf4", _decode_nf4)

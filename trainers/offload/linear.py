@@ -85,7 +85,8 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        is_autocast = device != "meta" and torch.is_autocast_enabled(device)  # which torch cannot tell of meta
+        dtype = torch.get_autocast_dtype(device) if is_autocast else input.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         if torch.compiler.is_compiling():
             return opaque_product(input.to(dtype), self.operands(), bias, self._packing.name, (self.out_features, self.in_features))
