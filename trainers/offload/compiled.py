@@ -7,11 +7,12 @@ Weights are inputs of the graph: those of a streamed block may be others at ever
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 _VARIANTS = 32
 
@@ -22,11 +23,18 @@ def compiled(block: nn.Module, backend: str | Callable[..., Any] = "inductor") -
     Compiled anew, for all blocks of the class, when it first runs without and with gradients, and in training and in eval mode;
     a size (tokens, rows of text) that changes is from then on any size. Some seconds each on a CPU, more on a card.
     """
-    return partial(_compiled_forward(type(block), backend), block)
+    forward = _compiled_forward(type(block), backend)  # type: ignore[arg-type]  # a class can be hashed
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # whether an input requires gradients makes no difference then, but would to torch
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        return forward(block, *args, **kwargs)
+
+    return call
 
 
 @cache
-def _compiled_forward(kind: type[nn.Module], backend: str | Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_forward(kind: type[nn.Module], backend: Any) -> Callable[..., Any]:
     from torch._dynamo import config  # what `torch.compile` imports, some seconds
 
     # Beyond this many, torch runs the block as it is: by default 8, which sizes, modes and caption lengths can use up.
