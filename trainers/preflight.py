@@ -21,6 +21,7 @@ from .job import Job, LoraSpec
 from .lora import dora_problem
 from .lora_description import describe
 from .optimizers import check_optimizer
+from .quantise import check_quantiser, quantise_problems
 from .run import Run, find_run
 
 
@@ -113,7 +114,13 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
-    checks: list[Callable[[], object]] = [lambda: _check_device(job), lambda: check_optimizer(job), lambda: check_attention(job, family)]
+    yield from quantise_problems(job)
+    checks: list[Callable[[], object]] = [
+        lambda: _check_device(job),
+        lambda: check_optimizer(job),
+        lambda: check_attention(job, family),
+        lambda: check_quantiser(job.memory.quantise),
+    ]
     if not started:
         checks.append(lambda: _check_start(job, family))
     for attempt in checks:

@@ -172,7 +172,10 @@ def _learner(expert: Expert, job: Job, method: Method, accelerator: Accelerator,
     detection = detect(checkpoint, job.base.variant)
     device = accelerator.device
     can_stream = method.can_stream and (device.type != "cpu" or arrangement.weights_bytes is not None)
-    transformer: Any = load_transformer(checkpoint, detection, device, dtype, method.keep_stored, resident=False, all_frozen=can_stream)
+    how, keep_stored = job.memory.quantise, method.keep_stored
+    transformer: Any = load_transformer(
+        checkpoint, detection, device, dtype, keep_stored, resident=False, all_frozen=can_stream, quantise=how
+    )
     use_attention(transformer, job.speed.attention)
     parameters = method.inject(transformer, device) if expert.trained else []
     residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0)
