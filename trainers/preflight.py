@@ -9,17 +9,20 @@ from pathlib import Path
 
 from .adherence import find_clip_problems
 from .attention import check_attention
+from .batches import Samples
 from .checkpoint import Checkpoint
 from .condition_problems import clip_problems, condition_problems, preview_problems
 from .data.encoded import Encoded
-from .device import pick_device
+from .device import DTYPES, pick_device, pick_precision
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
 from .even_blocks import block_problem
 from .family import Detection, Family, detect, detect_vae, family_of
 from .full import full_problems
 from .job import Job, LoraSpec
+from .job_memory import plan_memory
 from .lora import dora_problem
 from .lora_description import describe
+from .machine import empty_card
 from .optimizers import check_optimizer
 from .quantise import check_quantiser, quantise_problems
 from .run import Run, find_run
@@ -30,8 +33,22 @@ def check(job: Job, started: bool = False) -> None:
 
     A run that has `started` goes on from its own checkpoints: what it began with may be gone.
     """
-    if problems := list(find_problems(job, started)):
+    if problems := list(find_problems(job, started)) or list(_memory_problems(job)):
         raise JobError(problems, subject=f"The job {job.name} cannot run")
+
+
+def _memory_problems(job: Job) -> Iterator[Problem]:
+    """Whether a job that is right otherwise fits on its card when nothing else is there. Reads headers, computes nothing."""
+    device = pick_device(job)
+    if device.type != "cuda" or job.method == "full":
+        return
+    dtype, encoded = DTYPES[pick_precision(job, device)], Encoded.open(Path(job.encoded), job.encoded_identity)
+    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    samples = Samples.of(job, detection.family, detection.variant, encoded, 1, device, dtype)
+    try:
+        plan_memory(job, detection, samples, device, dtype, empty_card(device))
+    except JobError as error:
+        yield from error.problems
 
 
 def check_settings(job: Job, started: bool = False) -> None:
