@@ -26,7 +26,7 @@ from .family import Family, LoraTargets
 from .job import LoraSpec
 from .keytable import Fuse, KeyTable
 from .lora_keys import listed
-from .masters import Magnitude, MasterLinear
+from .masters import Branch, Magnitude, MasterLinear
 from .offload.linear import FrozenLinear
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ def _make_masters(layer: Any, name: str, rank: int, seed: int, device: torch.dev
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = down, up
     layer.cast_input_dtype_enabled = False
     if not layer.lora_magnitude_vector:
+        layer.lora_variant[ADAPTER] = Branch
         return [down.weight, up.weight]
     lengths_O = layer.get_base_layer().weight.detach().float().norm(dim=1).to(device)
     layer.lora_magnitude_vector[ADAPTER] = magnitude = Magnitude(lengths_O)

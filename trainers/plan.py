@@ -17,6 +17,7 @@ from .device import DTYPES, pick_device, pick_precision
 from .errors import DatasetError
 from .experts import experts_of
 from .family import Detection, Family, Variant, detect
+from .full import full_lines
 from .job import Job
 from .job_memory import plan_memory
 from .machine import Machine
@@ -33,8 +34,9 @@ Bucket = tuple[int, int, int]
 class Plan:
     """What a job would train. `buckets` counts the training clips of a size, `tokens` is what the transformer sees of one.
 
-    `adapters` and `parameters` are those of one of the `loras` (one for each expert). `mean_share` is how long a step is on
-    average, of one with the largest clips. `memory` None: it was not planned (all weights of a model are trained).
+    `adapters` and `parameters` are those of one of the `loras` (one for each expert); where all weights are trained `adapters`
+    is 0. `base_bytes` are those of the transformer as its file stores it. `mean_share` is how long a step is on average, of
+    one with the largest clips. `memory` None: it was not planned (all weights of a model are trained).
     """
 
     job: Job
@@ -48,6 +50,7 @@ class Plan:
     steps_per_epoch: float
     adapters: int
     parameters: int
+    base_bytes: int
     loras: int = 1
     memory: MemoryPlan | None = None
     mean_share: float = 1.0
@@ -60,7 +63,7 @@ class Plan:
     @property
     def run_seconds(self) -> float | None:
         """How long the whole run is; None where memory was not planned."""
-        return self.steps * self.mean_share * self.memory.price.step_seconds if self.memory else None
+        return None if self.memory is None else self.steps * self.mean_share * self.memory.price.step_seconds
 
     def as_values(self) -> dict[str, Any]:
         """As plain values, for other programs."""
@@ -82,9 +85,9 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        job, lora = self.job, self.job.lora
+        job = self.job
         lines = [
-            f"{job.name}: a LoRA for {self.variant.title} ({self.variant.id})",
+            f"{job.name}: {'all weights of' if job.method == 'full' else 'a LoRA for'} {self.variant.title} ({self.variant.id})",
             f"data     {self.clips} clips, {self.held_out} held out, from {job.encoded}",
             *(
                 f"         {count} x {width}x{height}, {frames} frames: {self.tokens[frames, height, width]} tokens each"
@@ -93,14 +96,20 @@ class Plan:
             f"steps    {self.steps} of {job.batch_size * job.accumulation} clips; {self.steps_per_epoch:.1f} are an epoch",
             *self._expert_lines(),
             *self._start_lines(),
-            f"{'DoRA' if lora.dora else 'LoRA'}     rank {lora.rank} on {self.adapters} layers ({lora.targets.replace('_', ' ')}): "
-            f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB"
-            f"{' for each expert' if self.loras > 1 else ''}",
+            *(full_lines(job, self.parameters, self.base_bytes, self.steps) if job.method == "full" else self._lora_lines()),
             f"learning {job.optimizer.kind}, rate {job.optimizer.learning_rate:g}, {job.optimizer.schedule}",
-            f"output   {Path(job.loras_folder) / job.name}",
+            f"output   {job.output_folder / job.name}",
             *(f"{'' if index else 'memory':<8} {line}" for index, line in enumerate(self._memory_lines())),
         ]
         return "\n".join(lines)
+
+    def _lora_lines(self) -> list[str]:
+        lora = self.job.lora
+        return [
+            f"{'DoRA' if lora.dora else 'LoRA'}     rank {lora.rank} on {self.adapters} layers ({lora.targets.replace('_', ' ')}): "
+            f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB"
+            f"{' for each expert' if self.loras > 1 else ''}",
+        ]
 
     def _memory_lines(self) -> list[str]:
         return report(self.memory, self.run_seconds or 0.0) if self.memory else []
@@ -148,7 +157,8 @@ def hand_over(job: Job) -> Job:
 def make_plan(job: Job, machine: Machine | None = None) -> Plan:
     """What the job would train, on this machine or on another one. Raises JobError with every problem."""
     check(job if machine is None else job.model_copy(update={"device": "auto", "precision": "auto"}))
-    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    base = Checkpoint.open(job.base.transformer)
+    detection = detect(base, job.base.variant)
     encoded = Encoded.open(Path(job.encoded))
     device = pick_device(job) if machine is None else torch.device(machine.device)
     dtype = DTYPES[pick_precision(job, device) if machine is None else _precision_on(machine, job)]
@@ -167,11 +177,16 @@ def make_plan(job: Job, machine: Machine | None = None) -> Plan:
         steps=samples.total_steps,
         steps_per_epoch=samples.order.micro_per_epoch / samples.order.micro_per_step,
         adapters=memory.model.adapters if memory else 0,
-        parameters=memory.model.parameters if memory else 0,
+        parameters=memory.model.parameters if memory else _all_parameters(detection),
+        base_bytes=base.nbytes,
         loras=memory.model.trained if memory else 0,
         memory=memory,
         mean_share=_mean_share(detection, buckets),
     )
+
+
+def _all_parameters(detection: Detection) -> int:
+    return sum(parameter.numel() for parameter in detection.family.build(detection.config).parameters())
 
 
 def _precision_on(machine: Machine, job: Job) -> str:

@@ -85,7 +85,7 @@ def _why_another_name(run: Run, job: Job) -> str:
     """That a run of this name exists with another job, what differs, and how to go on with it."""
     folder = Path(job.runs_folder) / job.name
     if not (folder / "job.json").is_file():
-        return f"{job.name} has LoRA files of an earlier run; this one is {run.name}."
+        return f"{job.name} has files of an earlier run; this one is {run.name}."
     earlier = Run.open(folder)
     mine, theirs = job.model_dump(mode="json"), earlier.job.model_dump(mode="json")
     changed = ", ".join(field for field in mine if mine[field] != theirs[field])
@@ -97,7 +97,7 @@ def _why_another_name(run: Run, job: Job) -> str:
 
 def _start_and_follow(run: Run, how: str, detach: bool) -> int:
     if how == "done":
-        print(f"{run.name} is done already: {_loras(run.job)}")
+        print(f"{run.name} is done already: {_output(run.job)}")
         return 0
     if how != "attached":
         process_id = launch(run)
@@ -111,12 +111,12 @@ def _start_and_follow(run: Run, how: str, detach: bool) -> int:
         print(f"\n{run.name} goes on in the background.\n{_how_to_steer(run)}")
         return 130
     if code == 0:
-        print(f"LoRA files: {_loras(run.job)}")
+        print(f"{'LoRA' if run.job.method == 'lora' else 'model'} files: {_output(run.job)}")
     return code
 
 
-def _loras(job: Job) -> Path:
-    return Path(job.loras_folder) / job.name
+def _output(job: Job) -> Path:
+    return job.output_folder / job.name
 
 
 def _how_to_steer(run: Run) -> str:
