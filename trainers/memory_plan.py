@@ -217,35 +217,50 @@ def _remedies(plan: MemoryPlan, traced: Traced) -> Iterator[str]:
     """Sentences' parts: each change alone makes it fit."""
     job, shape = plan.job, traced.shape
 
-    def fits(changed: Job, smaller: StepShape = shape, model: ModelBytes = traced.model) -> bool:
-        return choose(changed, _Other(traced, model, smaller), plan.machine).fits
+    base = replace(plan.arrangement, weights_bytes=None)
+
+    def fits(smaller: StepShape = shape, model: ModelBytes = traced.model) -> bool:
+        return any(price.fits(plan.machine) for price in _placed(job, _Other(traced, model, smaller), plan.machine, base))
 
     memory = MemorySpec(vram_gib=job.memory.vram_gib, ram_gib=job.memory.ram_gib, quantise=job.memory.quantise)
     relaxed = job.model_copy(update={"memory": memory, "gradient_checkpointing": True})
-    if relaxed != job and fits(relaxed):
+    if relaxed != job and choose(relaxed, traced, plan.machine).fits:
         yield "gradient_checkpointing = true and memory.* as the plan chooses"
         return
-    if shape.batch_size > 1 and fits(job, replace(shape, batch_size=1)):
+    if shape.batch_size > 1 and fits(replace(shape, batch_size=1)):
         yield "batch_size 1 with more accumulation"
     channels, frames, height, width = shape.latents_CFHW
     smaller_clips = [(channels, count, height, width) for count in _halves(frames)]
-    if found := next((size for size in smaller_clips if fits(job, _of_size(shape, size))), None):
+    if found := next((size for size in smaller_clips if fits(_of_size(shape, size))), None):
         yield f"clips of at most {found[1]} latent frames (now {frames})"
-    smaller_pictures = [(channels, frames, int(height * by) // 2 * 2, int(width * by) // 2 * 2) for by in (0.8, 0.6, 0.5, 0.4, 0.25)]
-    if found := next((size for size in smaller_pictures if min(size) > 1 and fits(job, _of_size(shape, size))), None):
+    smaller_pictures = [(channels, frames, int(height * by) // 2 * 2, int(width * by) // 2 * 2) for by in (0.75, 0.5, 0.35)]
+    if found := next((size for size in smaller_pictures if min(size) > 1 and fits(_of_size(shape, size))), None):
         yield f"{found[2] / height:.0%} of the width and height"
-    for name, bytes_each in (("fp8", 1.0), ("nf4", 0.6)) if job.memory.quantise == "none" and not job.lora.dora else ():
-        packed = replace(traced.model, blocks=tuple(int(size * bytes_each / 2) for size in traced.model.blocks))
-        if fits(job, model=packed):
-            yield f'memory.quantise = "{name}"'
+    for how in _denser(plan):
+        share = _PACKED_BYTES[how] * traced.model.block_weights / sum(traced.model.blocks)
+        packed = tuple(int(share * size) for size in traced.model.blocks)
+        if fits(model=replace(traced.model, blocks=packed)):
+            yield f'memory.quantise = "{how}"'
             break
-    if job.lora.rank > 4 and fits(job, model=replace(traced.model, parameters=traced.model.parameters * 4 // job.lora.rank)):
+    if job.lora.rank > 4 and fits(model=replace(traced.model, parameters=traced.model.parameters * 4 // job.lora.rank)):
         yield "lora.rank 4"
+
+
+_PACKED_BYTES = {"fp8": 1.0, "nf4": 0.5625}
+"""Of each number, scales included."""
+
+
+def _denser(plan: MemoryPlan) -> list[str]:
+    """Ways to keep the blocks' weights in fewer bytes than now."""
+    if plan.job.lora.dora or not plan.model.block_weights:
+        return []
+    now = sum(plan.model.blocks) / plan.model.block_weights
+    return [how for how, size in _PACKED_BYTES.items() if size < 0.9 * now]
 
 
 def _halves(count: int) -> list[int]:
     """Smaller counts, down to 1."""
-    return [value for value in (count * 3 // 4, count // 2, count // 3, count // 4, 1) if 0 < value < count]
+    return [value for value in (count * 3 // 4, count // 2, count // 4, 1) if 0 < value < count]
 
 
 def _of_size(shape: StepShape, latents_CFHW: tuple[int, int, int, int]) -> StepShape:

@@ -26,6 +26,7 @@ from trainers.job import Job, parse_job
 from trainers.job_memory import JobTrace, tracer_of
 from trainers.machine import CARDS, GIB, Card, Machine
 from trainers.memory_plan import MemoryPlan, choose
+from trainers.memory_report import seconds
 from trainers.memory_trace import StepShape
 
 HOST_GIB = {"RTX 4060": 32, "RTX 3060": 32, "T4": 30, "RTX 4080": 64, "RTX 4090": 64, "L40S": 128, "A100": 256}
@@ -133,7 +134,7 @@ def cell(plan: MemoryPlan) -> str:
         done.append("inputs")
     if chosen.chunks > 1:
         done.append(f"{chosen.chunks} parts")
-    return f"{price.device_bytes / GIB:.1f} GiB, {price.step_seconds:.2g} s" + (f"<br>{', '.join(done)}" if done else "")
+    return f"{price.device_bytes / GIB:.1f} GiB, {seconds(price.step_seconds)}" + (f"<br>{', '.join(done)}" if done else "")
 
 
 if __name__ == "__main__":

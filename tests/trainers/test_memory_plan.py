@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_job
 from tiny_families import tiny_job_of
 
+from trainers.checkpoint import Checkpoint
 from trainers.cli import main
 from trainers.errors import JobError
-from trainers.family import families
+from trainers.family import detect, families
 from trainers.job import Job, parse_job
+from trainers.job_memory import tracer_of
 from trainers.machine import GIB, Machine, card_of
 from trainers.memory_plan import MemoryPlan, choose, too_large
 from trainers.memory_report import reasons
@@ -23,7 +26,7 @@ from trainers.offload.arrangement import Arrangement
 from trainers.plan import make_plan
 
 SHAPE = StepShape((16, 8, 64, 64), 1, 256, 4096)
-MODEL = ModelBytes((GIB // 2,) * 40, GIB // 2, 400, 100_000_000)
+MODEL = ModelBytes((GIB // 2,) * 40, 10 * GIB, GIB // 2, 400, 100_000_000)
 MACHINE = Machine("a card", "cuda", 24 * GIB, 23 * GIB, 64 * GIB, 100e12, 1e12, 20e9)
 
 
@@ -38,7 +41,7 @@ class MadeUp:
 
     def step(self, shape: StepShape, arrangement: Arrangement) -> StepTrace:
         share = shape.latents_CFHW[1] / 8 * shape.batch_size
-        inputs, gib = 8 * share * arrangement.checkpointing, 4 * share
+        inputs, gib = self.inputs_gib * share * arrangement.checkpointing, 4 * share
         gib += 8 * share if arrangement.activations == "device" else 0.4 * share
         gib -= 2 * share * (1 - 1 / arrangement.chunks)
         gib = 200 * share if not arrangement.checkpointing else gib
@@ -149,6 +152,23 @@ def test_when_nothing_fits_the_problem_says_what_would() -> None:
     assert "a card has 3.0 GiB" in problem
     assert "latent frames (now 8)" in problem
     assert "memory.*" in str(too_large(chosen(memory={"stream": "never"}), MadeUp()))
+
+
+def test_weights_are_quantised_when_that_is_what_lacks() -> None:
+    large = MadeUp(model=ModelBytes((3 * GIB,) * 8, 12 * GIB, GIB // 2, 400, 100_000_000))
+    plan = chosen(replace(MACHINE, free_bytes=8 * GIB), large)
+    assert 'memory.quantise = "fp8"' in str(too_large(plan, large))
+    packed = MadeUp(model=replace(large.model, blocks=(int(0.6 * GIB),) * 8))
+    assert "fp8" not in str(too_large(chosen(replace(MACHINE, free_bytes=2 * GIB), packed), packed))
+
+
+@pytest.mark.parametrize(("how", "bytes_each"), [("fp8", 1.0), ("nf4", 0.5625)])
+def test_quantised_weights_are_counted_as_they_are_kept(tmp_path: Path, how: str, bytes_each: float) -> None:
+    """Nothing is quantised for it: bitsandbytes need not be here."""
+    job = tiny_job(tmp_path, gradient_checkpointing=True, memory={"quantise": how})
+    checkpoint = Checkpoint.open(job.base.transformer)
+    model = tracer_of(job, checkpoint, detect(checkpoint), card_of(None, 12).machine(16), torch.bfloat16).model
+    assert sum(model.blocks) == pytest.approx(bytes_each * model.block_weights, rel=0.05)
 
 
 def test_a_job_is_planned_for_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
