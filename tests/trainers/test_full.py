@@ -240,9 +240,9 @@ def test_an_fp8_base_is_refused(tmp_path):
 def test_everything_that_has_no_meaning_is_said_at_once(tmp_path):
     job = full_job(
         tmp_path,
-        lora={"rank": 8, "dora": True},
+        lora={"rank": 8, "dropout": 0.1},
         experts={"turn_steps": 5},
-        memory={"quantise": "nf4", "stream": "always"},
+        memory={"quantise": "fp8", "stream": "always"},
         start={"initial_lora": "some.safetensors"},
         precision="bf16",
     )
@@ -250,12 +250,12 @@ def test_everything_that_has_no_meaning_is_said_at_once(tmp_path):
         make_plan(job)
     assert [problem.value for problem in caught.value.problems] == [
         "lora.rank is 8",
-        "lora.dora is True",
+        "lora.dropout is 0.1",
         "experts.turn_steps is 5",
-        "memory.quantise is nf4",
         "memory.stream is always",
         "start.initial_lora is some.safetensors",
         "optimizer.kind is adamw, in bf16",
+        "memory.quantise is fp8 and method is full",
     ]
 
 
