@@ -174,6 +174,26 @@ def test_a_killed_run_is_the_run_that_was_never_touched(tmp_path):
     assert not list(lora_path(killed, 6).parent.glob(".*"))
 
 
+def test_in_bf16_a_stopped_run_goes_on_as_the_straight_one(tmp_path):
+    """Weights in bf16, what the class wants otherwise in float32, with the real adamw_kahan."""
+    optimizer = {"kind": "adamw_kahan", "learning_rate": 1e-4}
+    settings = {"steps": 4, "precision": "bf16", "optimizer": optimizer, "gradient_checkpointing": True}
+    straight, stopped = (Run.create(full_job(tmp_path / name, **settings)) for name in ("straight", "stopped"))
+    assert train(straight) == "done"
+    write = stopped.metrics
+    stopped.metrics = lambda **fields: (write(**fields), stopped.request("stop") if fields["step"] == 2 else None)
+    assert train(stopped) == "stopped"
+    again = Run.open(stopped.folder)
+    again.clear("stop")
+    assert train(again) == "done"
+    weights = load_file(straight.checkpoint_folder(4) / "weights.safetensors")
+    assert weights["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
+    assert weights["blocks.0.scale_shift_table"].dtype == torch.float32
+    assert equal(weights, load_file(again.checkpoint_folder(4) / "weights.safetensors"))
+    assert lora_path(straight, 4).read_bytes() == lora_path(again, 4).read_bytes()
+    assert losses(straight) == losses(again)
+
+
 def test_extends_goes_on_exactly_and_only_as_the_same_method(tmp_path):
     job = full_job(tmp_path, steps=4, checkpoints={"every_steps": 2})
     first = Run.create(job)
