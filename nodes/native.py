@@ -54,6 +54,8 @@ def check_parts(family: Family, variant: Variant, vae: Any = None, clip: Any = N
     if vae is not None and not any(_full_name(vae.first_stage_model).endswith(f".{name}") for name in names.vaes):
         value = f"the VAE is a {type(vae.first_stage_model).__name__}"
         problems.append(Problem(value, f"{family.title} has its own", "Wire the model's VAE, or Load Encoders."))
+    elif vae is not None and vae.latent_dim != 3:
+        problems.append(Problem("the VAE is one of images", f"{family.title} has its own", "Wire the model's VAE, or Load Encoders."))
     elif vae is not None and vae.latent_channels != (channels := family.latent(variant).channels):
         value, rule = f"the VAE gives {vae.latent_channels} channels", f"{variant.title} has {channels}"
         problems.append(Problem(value, rule, "Wire the model's VAE, or Load Encoders."))

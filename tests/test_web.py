@@ -25,3 +25,8 @@ def test_it_is_written_by_hand_and_asks_nobody_else(path):
     assert text.count("\n") <= 400
     assert set(re.findall(r"https?://[^\"'\s]+", text)) <= {"http://www.w3.org/2000/svg"}
     assert "innerHTML" not in text
+
+
+def test_the_empty_panel_offers_every_training_graph():
+    offered = re.findall(r'^  \["(\w+)", "', (WEB / "panel.js").read_text("utf-8"), re.MULTILINE)
+    assert sorted(offered) == sorted(path.stem for path in (WEB.parent / "workflows").glob("*_train*.json"))

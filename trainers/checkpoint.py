@@ -74,6 +74,13 @@ class Checkpoint:
         """Bytes of all weights."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
+    def config_fields(self, class_name: str, fields: Iterable[str]) -> dict[str, Any]:
+        """The named fields of the config.json; none unless it is the one of that diffusers class."""
+        config = self.config or {}
+        if config.get("_class_name") != class_name:
+            return {}
+        return {name: config[name] for name in fields if name in config}
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is stored, mapped from the file without a copy: never write to it."""
         return self._load(self.tensors[name])
@@ -127,7 +134,7 @@ def _open_all(paths: Iterable[Path], subject: str) -> dict[Path, TensorFile]:
         except ProblemsError as error:
             problems.extend(error.problems)
     if problems:
-        raise CheckpointError(problems, subject=subject)
+        raise CheckpointError(problems, subject=subject if len(problems) > 1 else "")  # each names its file
     return files
 
 

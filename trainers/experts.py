@@ -1,4 +1,4 @@
-"""Models of two experts (Wan 2.2 A14B): which noise levels each learns, whose turn a step is, and whose weights are on the card.
+"""Models of two experts (Wan 2.2 A14B): which noise levels each learns, and whose turn a step is.
 
 The high-noise expert works at and above the variant's boundary, the low-noise expert below. Each has a LoRA and an optimizer
 of its own. They take turns of `experts.turn_steps` steps, because only one of them fits on a card. Every other model is one
@@ -8,13 +8,9 @@ expert without a name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from .family import Variant
 from .job import Job
@@ -97,40 +93,3 @@ def _as_written(word: str, example: str) -> str:
     if example.isupper():
         return word.upper()
     return word.capitalize() if example[0].isupper() else word
-
-
-class FrozenWeights:
-    """The frozen tensors of a transformer: mapped in host memory always, on the device only while it is resident.
-
-    Nothing is copied back, since nothing of it changes. Trained parameters are not touched: they stay where they are.
-    """
-
-    def __init__(self, transformer: nn.Module, device: torch.device) -> None:
-        """`transformer` lies on the CPU; what it holds now is frozen."""
-        self._host = list(_tensors(transformer))
-        self._device = device
-
-    def enter(self) -> None:
-        """Copies them to the device."""
-        self._place(self._device)
-
-    def leave(self) -> None:
-        """Gives the device's memory back."""
-        self._place(torch.device("cpu"))
-
-    def _place(self, device: torch.device) -> None:
-        if self._device.type == "cpu":
-            return
-        for holder, name, tensor in self._host:
-            placed = tensor.to(device, non_blocking=True)
-            is_parameter = isinstance(getattr(holder, name), nn.Parameter)
-            setattr(holder, name, nn.Parameter(placed, requires_grad=False) if is_parameter else placed)
-
-
-def _tensors(transformer: nn.Module) -> Iterator[tuple[Any, str, torch.Tensor]]:
-    """(module, attribute, tensor) of every parameter, buffer, and scale of a FrozenLinear."""
-    for module in transformer.modules():
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            yield module, name, tensor.data
-        if isinstance(scale := getattr(module, "scale", None), torch.Tensor):
-            yield module, "scale", scale

@@ -299,6 +299,8 @@ class Family(Protocol):
     targets: LoraTargets
     blocks: tuple[str, ...]
     """Names of the transformer's block lists, in the order they run."""
+    token_wise: tuple[str, ...]
+    """Names of a block's feed-forwards, which compute each token (dimension 1) by itself."""
     control: ControlLoras | None
     """Those that are applied; None: there are none."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .checkpoint import Checkpoint, Component
-from .errors import CheckpointError, LoraError
+from .errors import CheckpointError, LoraError, Problem
 from .even_blocks import block_problem
 from .family import Detection, families
 
@@ -140,7 +140,9 @@ def _encoder(checkpoint: Checkpoint) -> Report:
         if any(name.endswith(key) for name in checkpoint.tensors):
             return _report(checkpoint, kind, title)
     seen = ", ".join(list(checkpoint.tensors)[:5])
-    return _report(checkpoint, "unknown", f"it begins with {seen}" if seen else "it holds no tensors")
+    value = f"it begins with {seen}" if seen else "it holds no tensors"
+    rule = f"known are transformers, VAEs and LoRAs of {', '.join(family.title for family in families().values())}, and their encoders"
+    return _report(checkpoint, "unknown", value, problems=[str(Problem(value, rule, "Check that it is the file you mean."))])
 
 
 def _report(

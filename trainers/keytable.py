@@ -27,6 +27,11 @@ class Rename:
     native: str
 
 
+def same(*names: str) -> tuple[Rename, ...]:
+    """Tensors that have one name in both."""
+    return tuple(Rename(name, name) for name in names)
+
+
 @dataclass(frozen=True)
 class Fuse:
     """Several diffusers tensors stacked along dimension 0 of one native tensor, `sizes` giving their proportions."""

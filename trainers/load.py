@@ -17,7 +17,8 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, KeyTableError, Problem
 from .family import Detection, Family, VaeDetection
 from .keytable import KeyTable, Place
-from .offload.linear import FrozenLinear, dequantise
+from .offload.linear import FrozenLinear
+from .offload.packing import dequantise
 from .quantisation import FP8_DTYPES
 
 
@@ -28,12 +29,14 @@ def load_transformer(
     dtype: torch.dtype,
     keep_stored: bool | None = None,
     resident: bool = True,
+    all_frozen: bool = False,
 ) -> nn.Module:
     """The frozen transformer, in eval mode, computing in `dtype`.
 
     What its class wants in float32 is float32. Linears in the blocks that are stored in another dtype become
     FrozenLinear, as they are stored; `keep_stored` False: dense in `dtype`; None: fp8 is kept, on a card also 16 bit
-    (never what is larger than `dtype`). `resident` False: for `device`, but still on the CPU.
+    (never what is larger than `dtype`). `all_frozen`: the dense ones become FrozenLinear too, so that every weight of a
+    block can be bound and streamed. `resident` False: for `device`, but still on the CPU.
 
     Tensors that need no change of dtype or device are mapped from the file
     read-only: clone them before writing.
@@ -44,15 +47,17 @@ def load_transformer(
     module = family.build(detection.config).requires_grad_(False).eval()
     place = device if resident else torch.device("cpu")
     source = _Source(checkpoint, _places(checkpoint, family.keys, module), place)
-    kept = {name for name in _block_linears(module, family) if _is_kept(source, name, device, dtype, keep_stored)}
+    linears = list(_block_linears(module, family))
+    kept = {name for name in linears if _is_kept(source, name, device, dtype, keep_stored)}
     float32_parts = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     state: dict[str, torch.Tensor] = {}
     for name in module.state_dict():
         in_float32 = not float32_parts.isdisjoint(name.split("."))
         stored = name.endswith(".weight") and name.removesuffix(".weight") in kept
         state[name] = source.stored(name) if stored else source.dense(name, torch.float32 if in_float32 else dtype)
-    for name in kept:
-        frozen = FrozenLinear(state[f"{name}.weight"], state.get(f"{name}.bias"), source.scale(f"{name}.weight"))
+    for name in linears if all_frozen else kept:
+        scale = source.scale(f"{name}.weight") if name in kept else None
+        frozen = FrozenLinear(state[f"{name}.weight"], state.get(f"{name}.bias"), scale)
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, frozen.eval())
     return _filled(module, state, place)

@@ -16,16 +16,18 @@ from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
 from .dora import with_lengths
-from .experts import Expert, FrozenWeights, Turn, expert_at, experts_of, lora_of, turn_of
+from .experts import Expert, Turn, expert_at, experts_of, lora_of, turn_of
 from .family import Family, Variant, detect
 from .job import Job
 from .load import load_transformer
 from .lora import adapter_state, base_weights, inject, load_adapter_state
 from .lora_format import read_lora, write_lora
 from .lora_metadata import lora_metadata
+from .offload.arrangement import Arrangement
 from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
+from .residency import Residency
 from .run import Run
 from .state import Learnt, Position, check_position, read_adapter, read_optimizer, read_position, save_state
 
@@ -39,7 +41,7 @@ class Learner:
 
     expert: Expert
     transformer: torch.nn.Module
-    weights: FrozenWeights
+    residency: Residency
     parameters: list[torch.nn.Parameter]
     optimizer: Any
     learning_rate: float
@@ -95,9 +97,9 @@ class Training:
         if self.resident is learner:
             return
         if self.resident:
-            self.resident.weights.leave()
+            self.resident.residency.leave()
         self.resident = learner
-        learner.weights.enter()
+        learner.residency.enter()
 
 
 def open_training(run: Run) -> Training:
@@ -113,7 +115,8 @@ def open_training(run: Run) -> Training:
     accelerator = _accelerator(run, device, precision)
     detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
     experts = experts_of(job, detection.variant)
-    learners = tuple(_learner(expert, job, accelerator, DTYPES[precision], alone=len(experts) == 1) for expert in experts)
+    arrangement = arrangement_of(job)
+    learners = tuple(_learner(expert, job, accelerator, DTYPES[precision], arrangement) for expert in experts)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(
         job, detection.family, detection.variant, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision]
@@ -137,29 +140,43 @@ def open_training(run: Run) -> Training:
     return training
 
 
+def arrangement_of(job: Job) -> Arrangement:
+    """How a job asks for its blocks to be kept."""
+    memory = job.memory
+    return Arrangement(
+        weights_bytes=0 if memory.stream == "always" else None,
+        host="pinned" if memory.host == "pinned" else "mapped",
+        checkpointing=job.gradient_checkpointing or memory.stream == "always",
+        activations="host" if memory.activations == "host" else "device",
+        chunks=memory.chunks or 1,
+        compile=job.speed.compile,
+    )
+
+
 def _sigmas_at(job: Job, learners: Sequence[Learner], total_steps: int) -> Callable[[int], tuple[float, float]]:
     """Between which noise levels a step trains: those of the expert whose turn it is."""
     trained = [learner for learner in learners if learner.expert.trained]
     return lambda step: trained[turn_of(step, total_steps, job.experts.turn_steps, len(trained)).index].sigmas
 
 
-def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dtype, alone: bool) -> Learner:
-    """An expert with its LoRA and optimizer; one that is not alone waits in host memory for its turn."""
+def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement) -> Learner:
+    """An expert with its LoRA and optimizer. It waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
     detection = detect(checkpoint, job.base.variant)
-    transformer: Any = load_transformer(checkpoint, detection, accelerator.device, dtype, False if job.lora.dora else None, resident=alone)
+    device = accelerator.device
+    can_stream = not job.lora.dora and (device.type != "cpu" or arrangement.weights_bytes is not None)
+    keep_stored = False if job.lora.dora else None
+    transformer: Any = load_transformer(checkpoint, detection, device, dtype, keep_stored, resident=False, all_frozen=can_stream)
     use_attention(transformer, job.speed.attention)
-    weights = FrozenWeights(transformer, accelerator.device)
+    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0)
     rate = job.optimizer.learning_rate
     if expert.name == "low" and job.experts.learning_rate_low:
         rate = job.experts.learning_rate_low
     if not expert.trained:
-        return Learner(expert, transformer, weights, [], None, rate)
-    parameters = inject(transformer, detection.family, job.lora, job.seed, device=accelerator.device)
-    if job.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        return Learner(expert, transformer, residency, [], None, rate)
+    parameters = inject(transformer, detection.family, job.lora, job.seed, device=device)
     optimizer = accelerator.prepare_optimizer(build_optimizer(job.optimizer, parameters))
-    return Learner(expert, transformer, weights, parameters, optimizer, rate)
+    return Learner(expert, transformer, residency, parameters, optimizer, rate)
 
 
 def save_checkpoint(training: Training) -> None:

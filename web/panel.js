@@ -70,14 +70,24 @@ function drawCards(view, ordered) {
   }
 }
 
+const YOUR_MODELS = "For a graphics card, with model files that you have or that ComfyUI offers to download";
+const GRAPHS = [
+  ["wan21_train", "Wan 2.1"],
+  ["wan21_train_i2v", "Wan 2.1 image to video"],
+  ["wan22_5b_train", "Wan 2.2 5B"],
+  ["wan22_a14b_train", "Wan 2.2 A14B"],
+  ["wan22_a14b_train_i2v", "Wan 2.2 A14B image to video"],
+  ["ltx_train", "LTX-Video"],
+  ["hunyuan_train", "HunyuanVideo"],
+  ["hunyuan_train_i2v", "HunyuanVideo image to video"],
+  ["mochi_train", "Mochi"],
+  ["tiny_wan_train_and_sample", "Tiny Wan, to try it", "Everything comes with the pack; runs on any computer in a few minutes"],
+];
+
 function makeWelcome(openGraph) {
-  const graph = (name, label, title) => element("button", { type: "button", textContent: label, title, onclick: () => openGraph(name) });
-  const open = element(
-    "div",
-    { className: "vt-buttons" },
-    graph("wan21_train", "Wan 2.1", "For a graphics card, with model files that you have or that ComfyUI offers to download"),
-    graph("tiny_wan_train_and_sample", "Tiny Wan, to try it", "Everything comes with the pack; runs on any computer in a few minutes"),
-  );
+  const graph = ([name, label, title = YOUR_MODELS]) =>
+    element("button", { type: "button", textContent: label, title, onclick: () => openGraph(name) });
+  const open = element("div", { className: "vt-buttons" }, ...GRAPHS.map(graph));
   const steps = [
     element("li", {}, "Open a training graph:", open),
     element("li", {}, "Choose your model in Base Model and your clips in Dataset from Folder."),

@@ -33,8 +33,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def comfyui() -> ComfyUI:
-    return find_comfyui()
+def comfyui() -> Iterator[ComfyUI]:
+    found = find_comfyui()
+    yield found
+    found.end()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Runs under ComfyUI's Python, in its folder, and with the first entry of sys.path that main.py has: `inside.py REQUEST`.
 
+A request without a file: the requests are lines of the input (see `warm_python.py`).
+
 Test code for that side is a file with `main(**arguments)`; it may `from inside import load_pack`.
 """
 
@@ -9,7 +11,9 @@ import asyncio
 import importlib.util
 import json
 import logging
+import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,10 +36,10 @@ def _load(file: str) -> ModuleType:
     return module
 
 
-def _run(request: dict[str, Any]) -> None:
+def _import_comfyui(root: str, flags: list[str]) -> None:
     here = str(Path(__file__).parent)
-    sys.path[:] = [request["root"], *(entry for entry in sys.path if entry != here), here]
-    sys.argv[:] = ["main.py", *request["flags"]]
+    sys.path[:] = [root, *(entry for entry in sys.path if entry != here), here]
+    sys.argv[:] = ["main.py", *flags]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from comfy import options
@@ -44,9 +48,44 @@ def _run(request: dict[str, Any]) -> None:
     # As main.py does, before `nodes` puts ComfyUI's comfy/ in front of sys.path, whose utils.py would hide this.
     import utils.extra_config  # noqa: F401
 
+
+def _run(request: dict[str, Any]) -> None:
     answer = _load(request["file"]).main(**request["arguments"])
     Path(request["answer"]).write_text(json.dumps(answer), "utf-8")
 
 
+def _serve() -> None:
+    """Run each request that is a line of the input in a fork, and say "ended CODE"."""
+    import nodes  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            _be_the_child(request)
+        print(f"ended {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
+
+
+def _be_the_child(request: dict[str, Any]) -> None:
+    code = 1
+    try:
+        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        _run(request)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    _run(json.loads(sys.argv[1]))
+    start = json.loads(sys.argv[1])
+    _import_comfyui(start["root"], start["flags"])
+    if "file" in start:
+        _run(start)
+    else:
+        _serve()

@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from warm_python import WarmPython
 
 PACK = Path(__file__).parents[2]
 LOWEST_VERSION = (0, 8, 0)
@@ -44,6 +47,7 @@ class ComfyUI:
 
     root: Path
     python: Path
+    _warm: dict[tuple[str, ...], WarmPython] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def version(self) -> str:
@@ -62,22 +66,29 @@ class ComfyUI:
         AssertionError with the output of the process.
         """
         with tempfile.TemporaryDirectory() as folder:
-            answer = Path(folder) / "answer.json"
-            request = {"root": str(self.root), "flags": ["--cpu", *flags], "file": str(_INSIDE.with_name(str(file)))}
-            request |= {"arguments": arguments, "answer": str(answer)}
-            done = subprocess.run(
-                [self.python, "-u", _INSIDE, json.dumps(request)],
-                cwd=self.root,
-                env=self.environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                encoding="utf-8",
-                errors="replace",
-                timeout=timeout_seconds,
-                check=False,
-            )
-            assert done.returncode == 0, f"{Path(file).name} under ComfyUI's Python ended with {done.returncode}:\n{done.stdout}"
+            answer, output = Path(folder) / "answer.json", Path(folder) / "output"
+            request = {"file": str(_INSIDE.parent / file), "arguments": arguments, "answer": str(answer)}
+            code = self._run(["--cpu", *flags], request, output, timeout_seconds)
+            said = output.read_text("utf-8", "replace") if output.exists() else ""
+            assert code == 0, f"{Path(file).name} under ComfyUI's Python ended with {code}:\n{said}"
             return json.loads(answer.read_text("utf-8"))
+
+    def end(self) -> None:
+        """End the processes that wait for more questions."""
+        while self._warm:
+            self._warm.popitem()[1].end()
+
+    def _run(self, flags: list[str], request: Mapping[str, Any], output: Path, timeout_seconds: float) -> int:
+        if not hasattr(os, "fork"):
+            whole = json.dumps({"root": str(self.root), "flags": flags, **request})
+            with output.open("wb") as file:
+                streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "timeout": timeout_seconds}
+                done = subprocess.run([self.python, "-u", _INSIDE, whole], cwd=self.root, env=self.environment, check=False, **streams)
+            return done.returncode
+        kind = (*flags, tempfile.gettempdir())
+        if kind not in self._warm:
+            self._warm[kind] = WarmPython(self.python, _INSIDE, self.root, flags, self.environment)
+        return self._warm[kind].ask(request, output, timeout_seconds)
 
 
 def find_comfyui() -> ComfyUI:

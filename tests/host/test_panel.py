@@ -72,7 +72,12 @@ def _until(condition, timeout_seconds=20.0):
 
 def test_without_runs_it_says_what_to_do_first_and_opens_the_graph(tab):
     assert "Press Run" in tab.locator(".vt-welcome").inner_text()
-    for name, label in (("wan21_train", "Wan 2.1"), ("tiny_wan_train_and_sample", "Tiny Wan, to try it")):
+    graphs = {
+        "wan21_train": "Wan 2.1",
+        "hunyuan_train_i2v": "HunyuanVideo image to video",
+        "tiny_wan_train_and_sample": "Tiny Wan, to try it",
+    }
+    for name, label in graphs.items():
         tab.get_by_role("button", name=label, exact=True).click()
         tab.get_by_text(name, exact=True).first.wait_for()
         assert tab.evaluate("window.app.graph.nodes.filter(node => node.type === 'VideoTrainer_TrainLoRA').length") == 1

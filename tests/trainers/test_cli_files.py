@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trainers import launch
 from trainers.cli import main
@@ -89,6 +91,13 @@ def test_inspect_refuses_what_is_no_model(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(b"no header")
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("key", ["strange.weight", "strange.lora_A.weight"])
+def test_inspect_ends_with_1_for_a_file_that_cannot_be_used(tmp_path, capsys, key):
+    save_file({key: torch.zeros(4, 4)}, tmp_path / "x.safetensors")
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 1
+    assert "  problem " in capsys.readouterr().out
 
 
 def test_plan_then_train_without_a_network_then_convert(job_file, place, capsys):

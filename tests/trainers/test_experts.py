@@ -12,7 +12,7 @@ from tiny import WAN, TinyShape, random_transformer, tiny_job
 
 from trainers import family
 from trainers.errors import JobError
-from trainers.experts import Expert, FrozenWeights, expert_at, experts_of, lora_of, turn_of
+from trainers.experts import Expert, expert_at, experts_of, lora_of, turn_of
 from trainers.flow import draw_sigma, generator
 from trainers.job import Job, NoiseSpec, parse_job
 from trainers.load import native_state
@@ -191,20 +191,3 @@ def test_pairs_of_files_by_their_names(tmp_path: Path, name: str, other: str) ->
     assert lora_of(high, "low") == (low if is_pair else high)
     assert lora_of(high, "high") == high
     assert lora_of(high, "") == high
-
-
-def test_frozen_weights_move_and_come_back_uncopied() -> None:
-    """On a meta device, which has no memory: what comes back is the very tensors."""
-    linear = torch.nn.Linear(2, 2)
-    linear.scale = torch.ones(2, 1)
-    weights, before = FrozenWeights(linear, torch.device("meta")), linear.weight.data_ptr()
-    trained = torch.nn.Parameter(torch.ones(1))
-    linear.lora = trained
-    weights.enter()
-    assert linear.weight.is_meta
-    assert linear.scale.is_meta
-    assert linear.lora is trained
-    assert not trained.is_meta
-    weights.leave()
-    assert linear.weight.data_ptr() == before
-    assert not linear.scale.is_meta

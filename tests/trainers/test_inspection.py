@@ -88,7 +88,8 @@ def test_encoders_and_what_is_not_known(tmp_path: Path, key: str, kind: str, tit
     save_file({key: torch.zeros(4, 4)}, tmp_path / "model.safetensors")
     report = inspect_file(tmp_path / "model.safetensors")
     assert report.kind == kind
-    assert title in report.title
+    assert title in report.title + "".join(report.problems)
+    assert bool(report.problems) == (kind == "unknown")
 
 
 def test_a_lora(tmp_path: Path) -> None:
@@ -111,10 +112,12 @@ def test_a_lora_of_no_known_model(tmp_path: Path) -> None:
     assert "strange" in report.problems[0]
 
 
-def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"12")
-    with pytest.raises(CheckpointError, match="Download it again"):
+@pytest.mark.parametrize("content", [b"", b"12"])
+def test_a_damaged_file_is_an_error_that_names_it_once(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="Download it again") as caught:
         inspect_file(tmp_path / "model.safetensors")
+    assert str(caught.value).count("model.safetensors") == 1
 
 
 def test_the_tables_of_all_families_are_asked() -> None:

@@ -188,6 +188,17 @@ def test_16_bit_on_the_cpu_is_dense_unless_asked(tmp_path: Path, keep_stored: bo
     assert torch.equal(forward(module), forward(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_linears_of_the_blocks_can_be_frozen_ones(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = native_file(tmp_path / "bf16.safetensors", transformer_state(torch.bfloat16))
+    checkpoint = Checkpoint.open(path)
+    module = load_transformer(checkpoint, detect(checkpoint), "cpu", dtype, all_frozen=True)
+    for name, kind in kinds(module).items():
+        assert kind is (FrozenLinear if name.startswith("blocks.") else nn.Linear)
+    assert equal(module, load(path, dtype))
+    assert torch.equal(forward(module, dtype), forward(load(path, dtype), dtype))
+
+
 def test_fp8_can_be_made_dense(tmp_path: Path) -> None:
     state, dense = fp8_scaled_state()
     module = load(native_file(tmp_path / "scaled.safetensors", state), keep_stored=False)

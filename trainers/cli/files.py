@@ -54,11 +54,13 @@ def demo(options: argparse.Namespace) -> None:
     show.run(options.out)
 
 
-def inspect(options: argparse.Namespace) -> None:
-    """Print what a file is."""
+def inspect(options: argparse.Namespace) -> int:
+    """Print what a file is. The exit code is 1 when it cannot be used."""
     from ..inspection import inspect_file
 
-    print(inspect_file(options.file))
+    report = inspect_file(options.file)
+    print(report)
+    return int(bool(report.problems))
 
 
 def dataset(options: argparse.Namespace) -> None:

@@ -54,7 +54,10 @@ _HEADS = 32
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's header, or failing that its name, says beyond its shapes. `by`: who said whether it is causal."""
+    """What a file's header, or failing that its name, says beyond its shapes.
+
+    `by`: who said whether it is causal; `certain`: the header's own config did.
+    """
 
     causal: bool
     by: str
@@ -62,6 +65,7 @@ class Header:
     patch: int | None
     heads: int = _HEADS
     stripped: bool = False
+    certain: bool = False
 
 
 def read_header(checkpoint: Checkpoint, is_diffusers: bool) -> Header:
@@ -74,7 +78,7 @@ def read_header(checkpoint: Checkpoint, is_diffusers: bool) -> Header:
     if isinstance(config, dict):
         _check_built_in(checkpoint, config)
         causal, heads = bool(config.get("causal_temporal_positioning", False)), int(config.get("num_attention_heads", _HEADS))
-        return Header(causal, "by its header", distilled, patch, heads)
+        return Header(causal, "by its header", distilled, patch, heads, certain=True)
     if not is_diffusers:
         return Header(False, "as ComfyUI counts without a config in the header", distilled, patch, stripped=True)
     if (types := _json(checkpoint.files[0].parent.parent / "vae" / "config.json").get("down_block_types")) is not None:
@@ -126,7 +130,7 @@ def _patch_by_name(path: Path) -> int | None:
 
 
 def candidates(size: tuple[int, int], header: Header) -> tuple[Variant, ...]:
-    """All variants of this size (of an unknown one: all), those first that header and name speak for."""
+    """All variants of this size (of an unknown one: all) that the header's config allows, those first that header and name speak for."""
     newer = header.patch is not None and header.patch >= _FIRST_CAUSAL
     causal = header.causal or (header.stripped and newer)
 
@@ -134,6 +138,8 @@ def candidates(size: tuple[int, int], header: Header) -> tuple[Variant, ...]:
         return (kind.causal != causal) + (header.distilled is not None and kind.distilled != header.distilled)
 
     kinds = [kind for kind in KINDS if kind.size == size] or list(KINDS)
+    if header.certain:
+        kinds = [kind for kind in kinds if kind.causal == header.causal] or kinds
     return tuple(kind.variant for kind in sorted(kinds, key=contradictions))
 
 

@@ -13,13 +13,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from ..keytable import KeyTable, Rename
+from ..keytable import KeyTable, Rename, same
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def _same(*names: str) -> tuple[Rename, ...]:
-    return tuple(Rename(name, name) for name in names)
 
 
 def _reshaping(ours: str, theirs: str) -> tuple[Rename, ...]:
@@ -38,7 +34,7 @@ _STATISTICS = (
     Rename("latents_std", "per_channel_statistics.std-of-means"),
 )
 _UNUSED = tuple(f"per_channel_statistics.{name}" for name in ("mean-of-stds", "mean-of-stds_over_std-of-means", "channel"))
-_ENDS = _same("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
+_ENDS = same("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
 
 # Blocks are numbered one after the other in a native file. The first encoder: residual blocks, a strided convolution and
 # a widening at each level.
@@ -64,7 +60,7 @@ _TIMED_DECODER = (
     *_level("decoder.mid_block", "decoder.up_blocks.0"),
     *(row for level in range(3) for row in _level(f"decoder.up_blocks.{level}", f"decoder.up_blocks.{2 * level + 2}")),
     *(Rename(f"decoder.up_blocks.{level}.upsamplers.0", f"decoder.up_blocks.{2 * level + 1}") for level in range(3)),
-    *_same("decoder.timestep_scale_multiplier"),
+    *same("decoder.timestep_scale_multiplier"),
     Rename("decoder.time_embedder", "decoder.last_time_embedder"),
     Rename("decoder.scale_shift_table", "decoder.last_scale_shift_table"),
 )

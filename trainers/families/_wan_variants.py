@@ -130,7 +130,7 @@ def detect(checkpoint: Checkpoint, family: Family) -> Detection | None:
     branches = [title for start, title in _BRANCHES.items() if any(name.startswith(start) for name in shapes)]
     if branches:
         raise _not_trained(checkpoint, branches[0])
-    config = _config_from_shapes(shapes) | known(checkpoint.config, "WanTransformer3DModel", _TRANSFORMER_FIELDS)
+    config = _config_from_shapes(shapes) | checkpoint.config_fields("WanTransformer3DModel", _TRANSFORMER_FIELDS)
     kinds = _kinds(config)
     if not kinds:
         raise _not_trained(checkpoint, f"a Wan with {config['in_channels']} channels in and {config['out_channels']} out")
@@ -143,13 +143,6 @@ def detect(checkpoint: Checkpoint, family: Family) -> Detection | None:
     doubt = _named_fun(checkpoint, kinds[0]) if kinds[0].first_frame_beside_noise else None
     variants = tuple(kind.variant for kind in kinds)
     return Detection(family, variants, config, _notes(kinds, version, expert), _reason(config), doubt, expert)
-
-
-def known(config: Mapping[str, Any] | None, class_name: str, fields: Sequence[str]) -> dict[str, Any]:
-    """The named fields of a config.json, if it is the one of that diffusers class."""
-    if config is None or config.get("_class_name") != class_name:
-        return {}
-    return {name: config[name] for name in fields if name in config}
 
 
 def _native_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -36,8 +36,8 @@ from ..family import (
     Variant,
     simple_schedule,
 )
+from ..text_masks import every_row, padded, rows_that_count, says_nothing
 from ._hunyuan_keys import KEYS, LORA_KEYS, VAE_KEYS
-from ._text_masks import every_row, padded, rows_that_count, says_nothing
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -117,6 +117,7 @@ class Hunyuan:
         ),
     )
     blocks: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
+    token_wise: tuple[str, ...] = ("ff", "ff_context")
     control: ControlLoras | None = None
 
     def latent(self, variant: Variant) -> LatentSpec:
@@ -144,11 +145,14 @@ class Hunyuan:
         if not shapes.keys() >= _TELLING:
             return None
         config = _config_from_shapes(shapes)
-        config |= _known(checkpoint.config, "HunyuanVideoTransformer3DModel", tuple(_CONSTANTS))
+        config |= checkpoint.config_fields("HunyuanVideoTransformer3DModel", tuple(_CONSTANTS))
+        config["rope_axes_dim"] = tuple(config["rope_axes_dim"])
         channels = config["in_channels"], config["out_channels"]
         if channels not in ((16, 16), (33, 16)):
             what = "SkyReels I2V" if channels == (32, 16) else f"a HunyuanVideo with {channels[0]} channels in and {channels[1]} out"
             raise _not_trained(checkpoint, what)
+        if channels[0] == 16 and not config["guidance_embeds"]:
+            raise _not_trained(checkpoint, "a HunyuanVideo without a guidance embedder")
         _check_names(checkpoint)
         variants, notes = ((_I2V_V1,), ()) if config["in_channels"] == 33 else _by_name(checkpoint)
         config["image_condition_type"] = _IMAGE_CONDITION[variants[0].id]
@@ -180,7 +184,7 @@ class Hunyuan:
         if tensors["decoder.conv_in.conv.weight"].shape[1] != LATENT.channels:
             return None
         config = {"block_out_channels": tuple(tensors[name].shape[0] for name in first_convolutions)}
-        config |= _known(checkpoint.config, "AutoencoderKLHunyuanVideo", _VAE_FIELDS)
+        config |= checkpoint.config_fields("AutoencoderKLHunyuanVideo", _VAE_FIELDS)
         encoder = "encoder.conv_in.conv.weight" in tensors
         return VaeDetection(FAMILY, _VAE, config, encoder)
 
@@ -401,16 +405,9 @@ def _count(shapes: Mapping[str, Any], blocks: str) -> int:
     return len({name.removeprefix(f"{blocks}.").split(".")[0] for name in shapes if name.startswith(f"{blocks}.")})
 
 
-def _known(config: Mapping[str, Any] | None, class_name: str, fields: Sequence[str]) -> dict[str, Any]:
-    """The named fields of a config.json, if it is the one of that diffusers class."""
-    if config is None or config.get("_class_name") != class_name:
-        return {}
-    return {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in fields if name in config}
-
-
 def _by_name(checkpoint: Checkpoint) -> tuple[tuple[Variant, ...], tuple[str, ...]]:
     """(candidates, notes) for 16 channels: by config.json, else by the name of the file, else of the folders it is in."""
-    kinds = _known(checkpoint.config, "HunyuanVideoTransformer3DModel", ("image_condition_type",))
+    kinds = checkpoint.config_fields("HunyuanVideoTransformer3DModel", ("image_condition_type",))
     if kinds:
         return ((_I2V_V2,) if kinds["image_condition_type"] == "token_replace" else (_T2V,)), ()
     path = checkpoint.path.absolute()

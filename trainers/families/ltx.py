@@ -38,10 +38,10 @@ from ..family import (
     VaeDetection,
     Variant,
 )
-from ..keytable import KeyTable, Rename
+from ..keytable import KeyTable, Rename, same
+from ..text_masks import padded, rows_that_count
 from ._ltx_files import KINDS, candidates, header_config, notes_on, perhaps_rotated, read_header, refuse_rotated
 from ._ltx_vae import VAE_KEYS_0_9, VAE_KEYS_0_9_1, VAE_KEYS_0_9_5, vae_config
-from ._text_masks import padded, rows_that_count
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -72,24 +72,20 @@ _CONSTANTS = {
 }
 
 
-def _same(*names: str) -> tuple[Rename, ...]:
-    return tuple(Rename(name, name) for name in names)
-
-
 def _attention(attention: str) -> tuple[Rename, ...]:
     block = f"transformer_blocks.{{}}.{attention}"
     norms = (Rename(f"{block}.norm_q", f"{block}.q_norm"), Rename(f"{block}.norm_k", f"{block}.k_norm"))
-    return *norms, *_same(*(f"{block}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")))
+    return *norms, *same(*(f"{block}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")))
 
 
 KEYS = KeyTable(
     (
         Rename("proj_in", "patchify_proj"),
         Rename("time_embed", "adaln_single"),
-        *_same("caption_projection.linear_1", "caption_projection.linear_2", "scale_shift_table", "proj_out"),
+        *same("caption_projection.linear_1", "caption_projection.linear_2", "scale_shift_table", "proj_out"),
         *_attention("attn1"),
         *_attention("attn2"),
-        *_same(*(f"transformer_blocks.{{}}.{name}" for name in ("ff.net.0.proj", "ff.net.2", "scale_shift_table"))),
+        *same(*(f"transformer_blocks.{{}}.{name}" for name in ("ff.net.0.proj", "ff.net.2", "scale_shift_table"))),
     )
 )
 
@@ -165,6 +161,7 @@ class Ltx:
         feed_forward=(r"^transformer_blocks\.\d+\.ff\.net\.0\.proj$", r"^transformer_blocks\.\d+\.ff\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
+    token_wise: tuple[str, ...] = ("ff",)
     control: ControlLoras | None = ControlLoras(
         "reference", r"(lora_unet_)?transformer_blocks[._]\d+[._](attn1|attn2|ff)[._]", comfyui_model="LTXV"
     )
@@ -200,7 +197,7 @@ class Ltx:
         refuse_rotated(checkpoint)
         KEYS.map_file(shapes)
         found = read_header(checkpoint, is_diffusers)
-        known = _known(checkpoint.config, "LTXVideoTransformer3DModel", (*_CONSTANTS, "num_attention_heads", "attention_head_dim"))
+        known = checkpoint.config_fields("LTXVideoTransformer3DModel", (*_CONSTANTS, "num_attention_heads", "attention_head_dim"))
         config = _config_from_shapes(shapes, found.heads) | known
         size = shapes["patchify_proj.weight"][0], config["num_layers"]
         metadata = {"config": json.dumps({"transformer": {"causal_temporal_positioning": found.causal}})} if is_diffusers else {}
@@ -390,13 +387,6 @@ def _config_from_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int) -> di
         "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")}),
         "caption_channels": shapes["caption_projection.linear_1.weight"][1],
     }
-
-
-def _known(config: Mapping[str, Any] | None, class_name: str, fields: Sequence[str]) -> dict[str, Any]:
-    """The named fields of a config.json, if it is the one of that diffusers class."""
-    if config is None or config.get("_class_name") != class_name:
-        return {}
-    return {name: config[name] for name in fields if name in config}
 
 
 def _vae_header(checkpoint: Checkpoint) -> dict[str, Any]:

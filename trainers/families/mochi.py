@@ -34,8 +34,8 @@ from ..family import (
     simple_schedule,
 )
 from ..keytable import Fuse, KeyTable, Rename, Row, SwapHalves
+from ..text_masks import every_row, padded, rows_that_count
 from ._mochi_attention import JointAttention
-from ._text_masks import every_row, padded, rows_that_count
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -180,6 +180,7 @@ class Mochi:
         feed_forward=(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)$",),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
+    token_wise: tuple[str, ...] = ("ff", "ff_context")
     control: ControlLoras | None = None
 
     def latent(self, variant: Variant) -> LatentSpec:
@@ -201,7 +202,7 @@ class Mochi:
         if not is_diffusers and not tensors.keys() >= set(_TELLING):
             return None
         shapes = _shapes(checkpoint, KEYS, is_diffusers)
-        config = _config_from_shapes(shapes) | _known(checkpoint.config, "MochiTransformer3DModel", tuple(_CONSTANTS))
+        config = _config_from_shapes(shapes) | checkpoint.config_fields("MochiTransformer3DModel", tuple(_CONSTANTS))
         return Detection(FAMILY, (_PREVIEW,), config, reason=_reason(config))
 
     def build(self, config: Mapping[str, Any]) -> torch.nn.Module:
@@ -227,7 +228,7 @@ class Mochi:
                 raise _encoder_only(checkpoint)
             return None
         shapes = _shapes(checkpoint, VAE_KEYS, _DECODER[-1] in checkpoint.tensors)
-        config = _vae_config(shapes) | _known(checkpoint.config, "AutoencoderKLMochi", _VAE_FIELDS)
+        config = _vae_config(shapes) | checkpoint.config_fields("AutoencoderKLMochi", _VAE_FIELDS)
         return VaeDetection(FAMILY, _VAE, config, encodes)
 
     def build_vae(self, detection: VaeDetection) -> torch.nn.Module:
@@ -380,13 +381,6 @@ def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "encoder_block_out_channels": [f"{layer}.weight" for layer in ("encoder.proj_in", *stages)],
     }
     return {name: tuple(shapes[key][0] for key in keys) for name, keys in places.items() if shapes.keys() >= set(keys)}
-
-
-def _known(config: Mapping[str, Any] | None, class_name: str, fields: Sequence[str]) -> dict[str, Any]:
-    """The named fields of a config.json, if it is the one of that diffusers class."""
-    if config is None or config.get("_class_name") != class_name:
-        return {}
-    return {name: config[name] for name in fields if name in config}
 
 
 def _reason(config: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ from ..family import (
     Variant,
 )
 from ._wan_keys import KEYS, VAE_KEYS_2_1, VAE_KEYS_2_2
-from ._wan_variants import KIND_OF, KINDS, LATENT, LATENT_2_2, SAMPLING_OF, detect, known
+from ._wan_variants import KIND_OF, KINDS, LATENT, LATENT_2_2, SAMPLING_OF, detect
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -76,6 +76,7 @@ class Wan:
         feed_forward=(r"^blocks\.\d+\.ffn\.net\.0\.proj$", r"^blocks\.\d+\.ffn\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("blocks",)
+    token_wise: tuple[str, ...] = ("ffn",)
     control: ControlLoras | None = ControlLoras(
         "channels", r"(lora_unet_)?(blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]|patch_embedding\.)", comfyui_model="WAN21"
     )
@@ -118,7 +119,7 @@ class Wan:
             return None
         first, last = ("encoder.conv1.weight", "conv2.weight") if native else ("encoder.conv_in.weight", "post_quant_conv.weight")
         config = {"base_dim": tensors[first].shape[0], "z_dim": tensors[last].shape[0]}
-        told = known(checkpoint.config, "AutoencoderKLWan", _VAE_FIELDS)
+        told = checkpoint.config_fields("AutoencoderKLWan", _VAE_FIELDS)
         if not tensors.keys() & {"decoder.upsamples.0.upsamples.0.residual.2.weight", "decoder.up_blocks.0.upsampler.resample.1.weight"}:
             return VaeDetection(FAMILY, _VAE_2_1, config | told)
         width = tensors["decoder.head.0.gamma" if native else "decoder.norm_out.gamma"].shape[0]

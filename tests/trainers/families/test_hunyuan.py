@@ -112,6 +112,13 @@ def test_a_config_json_tells_what_shapes_do_not(tmp_path: Path, kind: str | None
     assert detection.config == PUBLISHED | CHANGES[variant] | {"rope_axes_dim": (32, 48, 48)}
 
 
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_without_a_guidance_embedder_it_is_another_model(tmp_path: Path, naming: str) -> None:
+    shapes = {name: shape for name, shape in shapes_of(T2V_KEYS).items() if not name.startswith("guidance_in.")}
+    with pytest.raises(CheckpointError, match="without a guidance embedder; only HunyuanVideo T2V"):
+        detect(header(tmp_path / "hunyuan_video_t2v.safetensors", renamed(shapes, naming)))
+
+
 @pytest.mark.parametrize(
     ("changes", "title"),
     [

@@ -100,6 +100,12 @@ def test_the_size_leaves_only_its_own_variants(tmp_path: Path) -> None:
         detect(header_only(tmp_path / "ltxv-13b-0.9.7-dev.safetensors", "ltxv_13B", CAUSAL), "ltxv-2b-0.9")
 
 
+@pytest.mark.parametrize(("header", "variant"), [(CAUSAL, "ltxv-2b-0.9"), (NOT_CAUSAL, "ltxv-2b-0.9.5")])
+def test_a_variant_that_counts_frames_otherwise_than_the_header_says_is_refused(tmp_path: Path, header: Any, variant: str) -> None:
+    with pytest.raises(CheckpointError, match=f"variant is '{variant}'; .* can only be ltxv-2b-"):
+        detect(header_only(tmp_path / "model.safetensors", "ltxv_2B", header), variant)
+
+
 @pytest.mark.parametrize("file_name", ["ltxv-13b-0.9.7-dev-fp8.safetensors", "LTX_13B_Dev_V_0_9_7_FP8.safetensors"])
 def test_lightricks_fp8_is_refused_with_the_reason(tmp_path: Path, file_name: str) -> None:
     with pytest.raises(CheckpointError, match=r"rotated for the Q8 kernels.*Give the bf16 file.*fp8_e4m3fn"):

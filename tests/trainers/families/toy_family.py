@@ -101,6 +101,7 @@ class Toy:
     lora_keys = KEYS
     targets = LoraTargets(attention=(r"^blocks\.\d+\.to_([qkv]|out)$",), feed_forward=())
     blocks: tuple[str, ...] = ("blocks",)
+    token_wise: tuple[str, ...] = ()
     control = None
 
     def latent(self, variant: Variant) -> LatentSpec:

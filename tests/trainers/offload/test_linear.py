@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainers.offload.linear import FrozenLinear, dequantise
+from trainers.offload.linear import FrozenLinear
+from trainers.offload.packing import Packing, dequantise
 
 STORED = [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32]
 SCALES = {"none": None, "number": torch.tensor(0.0137), "rows": torch.rand(24, 1, generator=torch.Generator().manual_seed(1))}
@@ -125,7 +127,79 @@ def test_moves_between_devices_in_its_dtype() -> None:
     assert (frozen.bias.device.type, frozen.bias.dtype) == ("meta", torch.bfloat16)
     frozen.to_empty(device="cpu")
     assert (frozen.weight.device.type, frozen.weight.dtype, frozen.weight.requires_grad) == ("cpu", torch.float8_e5m2, False)
-    assert torch.equal(frozen.scale, SCALES["rows"])
+    assert (frozen.scale.device.type, frozen.scale.shape, frozen.scale.dtype) == ("cpu", (24, 1), torch.float32)
+
+
+def nibbles(tensors: Sequence[torch.Tensor], shape_OI: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Two weights in a byte, from -8 to 7, and a factor for each row."""
+    packed, factor_O1 = tensors
+    both = torch.stack([packed >> 4, packed & 15], 1).to(dtype)
+    return (both.view(shape_OI) - 8) * factor_O1.to(dtype)
+
+
+def packed_pair(dtype: torch.dtype = torch.float32) -> tuple[FrozenLinear, nn.Linear]:
+    chance = torch.Generator().manual_seed(4)
+    tensors = {"weight": torch.randint(0, 256, (24 * 20,), dtype=torch.uint8, generator=chance), "factors": SCALES["rows"]}
+    frozen = FrozenLinear.packed(tensors, (24, 40), Packing("nibbles", nibbles), random(24, seed=2).to(dtype))
+    dense = nn.Linear(40, 24, dtype=dtype).requires_grad_(False)
+    dense.weight.copy_(nibbles(list(tensors.values()), (24, 40), dtype))
+    dense.bias.copy_(frozen.bias)
+    return frozen, dense
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_packed_one_is_its_decoded_linear_bit_for_bit(compute: torch.dtype, recompute: bool) -> None:
+    frozen, dense = packed_pair(compute)
+    assert (frozen.in_features, frozen.out_features, frozen.weight.dtype) == (40, 24, torch.uint8)
+    input = random(2, 5, 40).to(compute)
+    for ours, theirs in zip(run(frozen, input, recompute), run(dense, input, recompute), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_stored_tensors_are_the_tensors_themselves(scale: str) -> None:
+    frozen, _ = pair(torch.float8_e4m3fn, torch.float32, scale)
+    tensors = frozen.stored_tensors()
+    assert list(tensors) == (["weight", "scale"] if scale == "rows" else ["weight"])
+    assert tensors["weight"].data_ptr() == frozen.weight.data_ptr()
+    assert tensors.get("scale") is (SCALES["rows"] if scale == "rows" else None)
+    assert list(packed_pair()[0].stored_tensors()) == ["weight", "factors"]
+
+
+def in_a_slot(frozen: FrozenLinear) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The stored tensors copied into one run of bytes, each at a multiple of 16, and their views there."""
+    tensors = frozen.stored_tensors()
+    slot, start, views = torch.zeros(8192, dtype=torch.uint8), 16, {}
+    for name, tensor in tensors.items():
+        views[name] = slot[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        views[name].copy_(tensor)
+        start += -(-tensor.nbytes // 16) * 16
+    return slot, views
+
+
+@pytest.mark.parametrize("kind", ["number", "rows", "packed"])
+def test_bound_to_views_into_a_slot_it_computes_the_same(kind: str) -> None:
+    frozen, dense = packed_pair() if kind == "packed" else pair(torch.float8_e4m3fn, torch.float32, kind)
+    expected = run(dense, random(3, 40))
+    before = [tensor.data_ptr() for tensor in frozen.stored_tensors().values()]
+    _, views = in_a_slot(frozen)
+    frozen.bind(views)
+    after = frozen.stored_tensors()
+    assert [tensor.data_ptr() for tensor in after.values()] == [view.data_ptr() for view in views.values()] != before
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    for ours, theirs in zip(run(frozen, random(3, 40)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_writes_to_other_parts_of_a_slot_are_no_change_of_the_bound_tensors() -> None:
+    """Autograd counts the writes to a tensor and all its views: bound tensors must have counts of their own."""
+    frozen, _ = pair(torch.float8_e4m3fn, torch.float32, "rows")
+    slot, views = in_a_slot(frozen)
+    frozen.bind(views)
+    versions = [tensor._version for tensor in (frozen.weight, *frozen.operands())]
+    slot[:16].fill_(1)
+    assert [tensor._version for tensor in (frozen.weight, *frozen.operands())] == versions
 
 
 def test_takes_its_tensors_without_a_copy() -> None:

@@ -1,0 +1,161 @@
+"""Blocks of two streams of tokens, a dropout and a LoRA of their own, run in every way: the gradients are those of plain autograd."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from adversary import Adversary
+from torch import nn
+
+from trainers.offload.activations import Arena
+from trainers.offload.blocks import Blocks
+from trainers.offload.chunks import in_chunks
+from trainers.offload.copies import HostCopies
+from trainers.offload.layout import BlockLayout
+from trainers.offload.linear import FrozenLinear
+from trainers.offload.placement import place
+from trainers.offload.stream import Stream
+
+CPU = torch.device("cpu")
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """Returns both streams, as the double blocks of Hunyuan and Mochi do; `scale` and `flag` are the same for all blocks."""
+
+    def __init__(self, width: int, chance: torch.Generator, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH).requires_grad_(False)
+        self.up = FrozenLinear(torch.randn(width, WIDTH, generator=chance) / 3)
+        self.down = FrozenLinear(torch.randn(WIDTH, width, generator=chance) / 3)
+        self.lora = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=chance) / 3)
+        self.dropout = nn.Dropout(dropout)
+        self.ff = nn.Sequential(FrozenLinear(torch.randn(WIDTH, WIDTH, generator=chance)), nn.GELU())
+
+    def forward(self, video, text, scale=None, *, flag=None):
+        assert flag == "on"
+        video = video + self.down(torch.tanh(self.up(self.norm(video)))) + self.dropout(video) @ self.lora
+        return self.ff(video) * scale, text + video.mean(1, keepdim=True)
+
+
+class Model(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        chance = torch.Generator().manual_seed(3)
+        self.blocks = nn.ModuleList(Block(width, chance, dropout) for width in (12, 20, 12, 20, 20, 12))
+
+    def forward(self, video, text):
+        for block in self.blocks:
+            video, text = block(video, text, scale=torch.tensor(0.7), flag="on")
+        return video.square().sum() + text.sum()
+
+
+def gradients(model: Model, steps: int = 2, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    model.to(dtype)
+    torch.manual_seed(11)
+    chance = torch.Generator().manual_seed(4)
+    for _ in range(steps):
+        video, text = (torch.randn(2, tokens, WIDTH, generator=chance, dtype=dtype) for tokens in (6, 3))
+        loss = model(video, text)
+        loss.backward()
+    return [loss.detach(), *(block.lora.grad for block in model.blocks)]
+
+
+def streamed(blocks: Blocks, copies, host="mapped", budget=0) -> Stream:
+    layouts = [BlockLayout.of(block) for block in blocks.modules]
+    blocks.stream = Stream(layouts, place([layout.nbytes for layout in layouts], budget), host, copies, CPU)
+    return blocks.stream
+
+
+@pytest.fixture(autouse=True)
+def everything_is_worth_copying(monkeypatch):
+    monkeypatch.setattr("trainers.offload.blocks._WORTH_COPYING_BYTES", 0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("how", ["checkpointed", "in the arena", "mapped", "pinned", "some streamed", "all of it"])
+def test_gradients_are_those_of_plain_autograd(how, dropout):
+    model = Model(dropout)
+    wanted = gradients(copy.deepcopy(model))
+    blocks, copies = Blocks(list(model.blocks), random=dropout > 0), Adversary()
+    if how in ("in the arena", "all of it"):
+        blocks.arena = Arena(copies, CPU)
+    if how in ("mapped", "pinned", "some streamed", "all of it"):
+        streamed(blocks, copies, "pinned" if how == "pinned" else "mapped", 5000 if how == "some streamed" else 0)
+    found = gradients(model)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    if blocks.arena:
+        assert blocks.arena.bytes_to_host == blocks.arena.bytes_to_device > 0
+
+
+def test_what_is_kept_of_a_block_is_its_input():
+    model = Model()
+    Blocks(list(model.blocks))
+    kept = []
+    video, text = torch.randn(2, 6, WIDTH), torch.randn(2, 3, WIDTH)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        model.blocks[0](video, text, scale=torch.tensor(0.7), flag="on")
+    assert sorted(kept) == sorted([video.shape, text.shape, torch.Size([])])
+
+
+def test_inputs_that_no_trained_block_made_stay_on_the_device():
+    model = Model()
+    blocks = Blocks(list(model.blocks), arena=Arena(HostCopies(), CPU))
+    gradients(model, steps=1)
+    one = 2 * 6 * WIDTH * 4 + 2 * 3 * WIDTH * 4
+    assert blocks.arena.bytes_to_host == one * (len(model.blocks) - 1), "all but the first block's"
+    assert blocks.arena.private_bytes == one * (len(model.blocks) - 1)
+
+
+def test_a_broken_off_step_leaves_nothing_behind():
+    model = Model()
+    wanted = gradients(copy.deepcopy(model))
+    blocks = Blocks(list(model.blocks), arena=Arena(Adversary(), CPU))
+    streamed(blocks, Adversary())
+    model(torch.randn(2, 6, WIDTH), torch.randn(2, 3, WIDTH))  # no backward pass
+    with torch.no_grad():
+        model(torch.randn(2, 6, WIDTH), torch.randn(2, 3, WIDTH))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), wanted, strict=True))
+
+
+def test_longer_samples_after_shorter_ones():
+    model = Model()
+    arena = Arena(Adversary(), CPU)
+    Blocks(list(model.blocks), arena=arena)
+    for tokens in (4, 9, 2):
+        model(torch.randn(1, tokens, WIDTH), torch.randn(1, 3, WIDTH)).backward()
+    assert arena.private_bytes == (9 + 3) * WIDTH * 4 * (len(model.blocks) - 1)
+
+
+def test_without_checkpointing_the_blocks_are_as_they_were():
+    model = Model()
+    wanted = gradients(copy.deepcopy(model))
+    blocks = Blocks(list(model.blocks), checkpointing=False)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), wanted, strict=True))
+    blocks.close()
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_chunks_change_rounding_only():
+    model, whole = Model(), Model()
+    wanted = gradients(whole, dtype=torch.float64)
+    Blocks(list(model.blocks))
+    in_chunks(model.blocks, ("ff", "not there"), 4)
+    torch.testing.assert_close(gradients(model, dtype=torch.float64), wanted, rtol=1e-11, atol=1e-11)
+    in_chunks(model.blocks, ("ff",), 1)
+    model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, dtype=torch.float64), wanted, strict=True))
+
+
+def test_chunks_keep_one_part_at_a_time():
+    """The widest tensor of the feed-forward is as long as a part of the sequence, forward and backward."""
+    module = nn.Sequential(nn.Linear(4, 64), nn.GELU(), nn.Linear(64, 4))
+    longest = []
+    module[1].register_forward_hook(lambda _m, _i, output: longest.append(output.shape[1]))
+    holder = nn.Module()
+    holder.ff = module
+    in_chunks([holder], ("ff",), 3)
+    module(torch.randn(1, 12, 4, requires_grad=True)).sum().backward()
+    assert longest == [4] * 6

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from adversary import Adversary
+from torch import nn
+
+from trainers.offload.copies import HostCopies
+from trainers.offload.layout import BlockLayout, frozen_linears
+from trainers.offload.linear import FrozenLinear
+from trainers.offload.placement import place
+from trainers.offload.stream import Stream
+
+CPU = torch.device("cpu")
+
+
+def blocks_of(sizes: list[int], dtypes=(torch.float32, torch.float8_e4m3fn, torch.bfloat16)) -> list[nn.Module]:
+    """Blocks of two frozen Linears, the second with a scale per row, of given widths."""
+    chance = torch.Generator().manual_seed(5)
+    made = []
+    for index, size in enumerate(sizes):
+        stored = [torch.randn(size, 6, generator=chance).to(dtypes[(index + i) % len(dtypes)]) for i in range(2)]
+        made.append(nn.Sequential(FrozenLinear(stored[0]), FrozenLinear(stored[1], scale=torch.rand(size, 1, generator=chance))))
+    return made
+
+
+def contents(block: nn.Module) -> list[torch.Tensor]:
+    return [tensor.float().clone() for linear in frozen_linears(block) for tensor in linear.stored_tensors().values()]
+
+
+class Ring:
+    """A stream over blocks, and what each must hold when it is fetched."""
+
+    def __init__(self, sizes: list[int], budget: int, host: str, copies) -> None:
+        self.blocks = blocks_of(sizes)
+        self.wanted = [contents(block) for block in self.blocks]
+        self.layouts = [BlockLayout.of(block) for block in self.blocks]
+        self.placement = place([layout.nbytes for layout in self.layouts], budget)
+        self.copies = copies
+        self.stream = Stream(self.layouts, self.placement, host, copies, CPU)
+
+    def compute(self, index: int, way: str) -> None:
+        self.stream.fetch(index, way)
+        for found, wanted in zip(contents(self.blocks[index]), self.wanted[index], strict=True):
+            assert torch.equal(found, wanted)
+        if isinstance(self.copies, Adversary) and index in self.placement.streamed:
+            for linear in frozen_linears(self.blocks[index]):
+                for tensor in linear.stored_tensors().values():
+                    self.copies.uses(tensor)
+
+    def step(self) -> None:
+        for index in range(len(self.blocks)):
+            self.compute(index, "turning")
+        for index in reversed(range(len(self.blocks))):
+            self.compute(index, "backward")
+
+
+@pytest.mark.parametrize("host", ["mapped", "pinned"])
+@pytest.mark.parametrize("budget", [0, 5000, 9000, 20000])
+def test_every_block_is_there_when_it_is_computed(host, budget):
+    ring = Ring([40, 40, 20, 40, 40, 20, 40, 30], budget, host, Adversary())
+    for _ in range(3):
+        ring.step()
+    ring.stream.close()
+
+
+@pytest.mark.parametrize("host", ["mapped", "pinned"])
+def test_whatever_the_order_is(host):
+    ring, chance = Ring([40, 40, 20, 40, 40, 20, 40, 30], 6000, host, Adversary()), random.Random(7)
+    for _ in range(200):
+        ring.compute(chance.randrange(8), chance.choice(["forward", "turning", "backward"]))
+    ring.stream.close()
+
+
+@pytest.mark.parametrize("budget", [0, 4096, 12000])
+def test_what_a_step_copies(budget):
+    """Of n streamed blocks a step copies 2 (n - slots), after the first one, and nothing comes back."""
+    ring = Ring([40] * 10, budget, "pinned", HostCopies())
+    ring.step()
+    before = ring.stream.bytes_to_device
+    for _ in range(5):
+        ring.step()
+    streamed = ring.placement.streamed
+    assert streamed
+    copied = sum(ring.layouts[index].nbytes for index in streamed[ring.placement.slots :])
+    back = sum(ring.layouts[index].nbytes for index in streamed[: len(streamed) - ring.placement.slots])
+    assert ring.stream.bytes_to_device - before == 5 * (copied + back)
+    assert len(set(layout.nbytes for layout in ring.layouts)) > 1, "unequal blocks"
+
+
+def test_the_next_block_is_on_its_way_before_it_is_asked_for():
+    copies = Adversary()
+    ring = Ring([40] * 6, 0, "pinned", copies)
+    ring.placement = place([layout.nbytes for layout in ring.layouts], 2 * max(layout.nbytes for layout in ring.layouts))
+    assert ring.placement.slots == 2
+    ring.stream.close()
+    ring.stream = Stream(ring.layouts, ring.placement, "pinned", copies, CPU)
+    for index in range(5):
+        ring.compute(index, "turning")
+        assert ring.stream._slot_of(index + 1) is not None
+    for index in reversed(range(1, 6)):
+        ring.compute(index, "backward")
+        assert ring.stream._slot_of(index - 1) is not None
+    ring.compute(0, "backward")
+    before = len(copies.copied)
+    ring.compute(0, "turning")
+    ring.compute(1, "turning")
+    assert len(copies.copied) == before + 1, "blocks 0 and 1 are still there from the way back"
+
+
+def test_a_block_that_was_not_fetched_cannot_be_computed():
+    ring = Ring([40] * 6, 0, "pinned", HostCopies())
+    ring.compute(0, "turning")
+    assert all(tensor.is_meta for linear in frozen_linears(ring.blocks[5]) for tensor in linear.stored_tensors().values())
+
+
+def test_closing_gives_the_files_tensors_back():
+    ring = Ring([40] * 6, 0, "mapped", Adversary())
+    ring.step()
+    assert ring.stream.private_bytes == 2 * max(layout.nbytes for layout in ring.layouts)
+    ring.stream.close()
+    assert ring.stream.private_bytes == 0
+    for block, wanted, layout in zip(ring.blocks, ring.wanted, ring.layouts, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(contents(block), wanted, strict=True))
+        hosts = {piece.host.data_ptr() for piece in layout.pieces}
+        assert {t.data_ptr() for linear in frozen_linears(block) for t in linear.stored_tensors().values()} == hosts
+
+
+def test_the_adversary_sees_a_missing_mark():
+    """The queue of the tests is worth something: it refuses a copy over what is computed with."""
+    copies, memory = Adversary(), torch.zeros(4)
+    copies.uses(memory)
+    with pytest.raises(AssertionError, match="still computed with"):
+        copies.copy(memory, torch.ones(4), None)
+    copies.wait(copies.copy(memory, torch.ones(4), copies.mark()))
+    assert memory.tolist() == [1.0] * 4
+
+
+def test_the_adversary_is_late():
+    copies, memory = Adversary(), torch.zeros(4)
+    end = copies.copy(memory, torch.ones(4), None)
+    assert memory.isnan().all()
+    copies.wait(end)
+    assert memory.tolist() == [1.0] * 4

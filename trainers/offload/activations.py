@@ -1,0 +1,99 @@
+"""The inputs of blocks, kept for the backward pass in pinned host memory instead of on the device.
+
+They are taken back in reverse: a stack. Each of its levels has a buffer that is kept from step to step, so that memory is
+pinned once (as much as the largest sample needs, which is why it should come first).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+
+from .copies import Copies
+from .pinned import Buffer
+
+_LEAVING = 2
+"""Tensors on their way to the host at once: a third one makes computing wait, rather than the device's memory fill up."""
+
+
+class Arena:
+    """A stack of tensors in host memory. `bytes_to_host` and `bytes_to_device` count what was copied."""
+
+    def __init__(self, copies: Copies, device: torch.device) -> None:
+        self._copies, self._device = copies, device
+        self._buffers: list[Buffer] = []
+        self._kept: list[tuple[torch.Tensor, Any]] = []
+        self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
+        self._coming: dict[int, tuple[torch.Tensor, Any]] = {}
+        self.bytes_to_host = self.bytes_to_device = 0
+
+    @property
+    def private_bytes(self) -> int:
+        """Host memory of its own."""
+        return sum(buffer.bytes.numel() for buffer in self._buffers)
+
+    def push(self, tensor: torch.Tensor) -> int:
+        """Sends a tensor to the host; its level, by which `pop` asks for it. The caller drops the tensor."""
+        level = len(self._kept)
+        source = tensor.detach().contiguous()
+        place = self._place(level, source)
+        end = self._copies.copy(place, source, self._copies.mark())
+        self._kept.append((place, end))
+        self._leaving.append((source, end))
+        self.bytes_to_host += source.nbytes
+        while len(self._leaving) > _LEAVING:
+            self._let_go()
+        return level
+
+    def pop(self, level: int) -> torch.Tensor:
+        """The tensor of the highest level, on the device; the one below it is sent for."""
+        assert level == len(self._kept) - 1, "tensors come back in reverse"
+        while self._leaving:
+            self._let_go()
+        tensor, end = self._coming.pop(level) if level in self._coming else self._send(level)
+        self._copies.wait(end)
+        self._kept.pop()
+        if level:
+            self._coming[level - 1] = self._send(level - 1)
+        return tensor
+
+    def reset(self) -> None:
+        """Forgets all tensors: a backward pass was broken off, or never came."""
+        while self._leaving:
+            self._let_go()
+        for _, end in self._coming.values():
+            self._copies.wait(end)
+        self._coming.clear()
+        self._kept.clear()
+
+    def close(self) -> None:
+        """Gives the host's memory back."""
+        ends = [end for _, end in (*self._kept, *self._coming.values()) if end is not None]
+        self.reset()
+        for end in ends:
+            self._copies.finish(end)
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers.clear()
+
+    def _let_go(self) -> None:
+        """Frees the oldest tensor that left, for computing that comes after its copy."""
+        _, end = self._leaving.popleft()
+        self._copies.wait(end)
+
+    def _send(self, level: int) -> tuple[torch.Tensor, Any]:
+        place, _ = self._kept[level]
+        target = torch.empty_like(place, device=self._device)
+        self.bytes_to_device += target.nbytes
+        return target, self._copies.copy(target, place, self._copies.mark())
+
+    def _place(self, level: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The level's buffer, as a tensor of the same shape and dtype."""
+        if level == len(self._buffers):
+            self._buffers.append(Buffer(tensor.nbytes, self._device))
+        elif self._buffers[level].bytes.numel() < tensor.nbytes:
+            self._buffers[level].close()
+            self._buffers[level] = Buffer(tensor.nbytes, self._device)
+        return self._buffers[level].bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)

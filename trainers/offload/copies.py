@@ -1,0 +1,76 @@
+"""Copies beside the computing: on a card on a stream of their own, on the CPU at once.
+
+Computing and copies are two queues. `mark` is a place in the queue of computing, `copy` puts a copy into the other one, which
+begins after a mark; `wait` lets the computing that is queued from then on begin after a copy. Nothing here makes Python wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+
+class Copies(Protocol):
+    """A queue of copies."""
+
+    def mark(self) -> Any:
+        """The end of all computing that is queued so far."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """Copies `source` when the computing before the mark `after` (None: nothing) is done; the end of the copy."""
+
+    def wait(self, end: Any) -> None:
+        """What is computed from now on comes after the end of a copy."""
+
+    def finish(self, end: Any) -> None:
+        """Returns when a copy is done."""
+
+
+class HostCopies:
+    """Everything happens when it is asked for: for the CPU."""
+
+    def mark(self) -> Any:
+        return None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        target.copy_(source)
+
+    def wait(self, end: Any) -> None:
+        pass
+
+    def finish(self, end: Any) -> None:
+        pass
+
+
+class CudaCopies:
+    """Copies between pinned memory and a card, on one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event:
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            end.record(self._stream)
+        return end
+
+    def wait(self, end: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(end)
+
+    def finish(self, end: torch.cuda.Event) -> None:
+        end.synchronize()
+
+
+def copies_of(device: torch.device) -> Copies:
+    """A new queue of copies to and from a device."""
+    return CudaCopies(device) if device.type == "cuda" else HostCopies()

@@ -1,0 +1,156 @@
+"""The frozen tensors of a transformer: mapped in host memory always, on the device as an `Arrangement` says while it is resident.
+
+Nothing is copied back, since nothing of it changes. Trained parameters are not touched: they stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .family import Family
+from .offload.activations import Arena
+from .offload.arrangement import Arrangement
+from .offload.blocks import Blocks
+from .offload.chunks import in_chunks
+from .offload.copies import copies_of
+from .offload.layout import BlockLayout, bind, frozen_linears
+from .offload.placement import Placement, place
+from .offload.stream import Stream
+
+
+def blocks_of(transformer: nn.Module, family: Family) -> list[nn.Module]:
+    """The transformer's blocks in the order they run."""
+    return [block for name in family.blocks for block in transformer.get_submodule(name).children()]
+
+
+class Residency:
+    """One transformer's place on the device.
+
+    `enter` puts it there, `leave` gives the device's memory back, `rearrange` changes how it is kept. Until it entered it must
+    not be asked. Blocks run as the arrangement says from the first moment.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, family: Family, device: torch.device, arrangement: Arrangement, *, random: bool = False
+    ) -> None:
+        """`transformer` lies on the CPU; what it holds now is frozen. `random`: it draws dropout in training."""
+        self._device = device
+        self._modules = blocks_of(transformer, family)
+        self._token_wise = family.token_wise
+        self._random = random
+        self._layouts = [BlockLayout.of(block) for block in self._modules]
+        self._others = list(_others(transformer, self._modules))
+        self._blocks = Blocks(self._modules, random=random)
+        self._entered = False
+        self.arrangement = arrangement
+        self._apply()
+
+    @property
+    def block_bytes(self) -> list[int]:
+        """Bytes of each block's weights as they are streamed."""
+        return [layout.nbytes for layout in self._layouts]
+
+    @property
+    def placement(self) -> Placement:
+        """Which blocks stay on the device."""
+        return place(self.block_bytes, self.arrangement.weights_bytes)
+
+    @property
+    def stream(self) -> Stream | None:
+        return self._blocks.stream
+
+    @property
+    def arena(self) -> Arena | None:
+        return self._blocks.arena
+
+    def enter(self) -> None:
+        """Copies to the device what stays there, and makes the ring for the rest."""
+        self._entered = True
+        placement = self.placement
+        _put(self._others, self._device)
+        for index in sorted(placement.resident):
+            self._bind_all(index, self._device)
+        if placement.streamed:
+            copies = copies_of(self._device)
+            self._blocks.stream = Stream(self._layouts, placement, self.arrangement.host, copies, self._device)
+
+    def leave(self) -> None:
+        """Gives the device's memory back."""
+        self._entered = False
+        if self._blocks.stream is not None:
+            self._blocks.stream.close()
+            self._blocks.stream = None
+        if self._blocks.arena is not None:
+            self._blocks.arena.reset()
+        _put(self._others, torch.device("cpu"))
+        for layout in self._layouts:
+            bind(layout.on_host())
+
+    def rearrange(self, arrangement: Arrangement) -> None:
+        """Keeps the transformer otherwise from now on; between two steps only."""
+        entered = self._entered
+        self.leave()
+        self.arrangement = arrangement
+        self._apply()
+        if entered:
+            self.enter()
+
+    def _apply(self) -> None:
+        """What of the arrangement does not depend on being on the device."""
+        wanted = self.arrangement
+        self._blocks.checkpointing = wanted.checkpointing
+        in_chunks(self._modules, self._token_wise, wanted.chunks, self._random)
+        if wanted.activations == "host" and self._blocks.arena is None:
+            self._blocks.arena = Arena(copies_of(self._device), self._device)
+        elif wanted.activations == "device" and self._blocks.arena is not None:
+            self._blocks.arena.close()
+            self._blocks.arena = None
+
+    def _bind_all(self, index: int, device: torch.device) -> None:
+        bind(
+            [(linear, {name: tensor.to(device) for name, tensor in tensors.items()}) for linear, tensors in self._layouts[index].on_host()]
+        )
+
+
+def tighter(arrangement: Arrangement, block_bytes: list[int]) -> Arrangement | None:
+    """An arrangement that takes less of the device, by what costs the least time; None: there is none.
+
+    First the inputs of blocks go to the host, then a tenth of the weights at a time, then the feed-forward is cut.
+    """
+    if not arrangement.checkpointing:
+        return replace(arrangement, checkpointing=True)
+    if arrangement.activations == "device":
+        return replace(arrangement, activations="host")
+    placement = place(block_bytes, arrangement.weights_bytes)
+    smallest = place(block_bytes, 0).device_bytes
+    if placement.device_bytes > smallest:
+        return replace(arrangement, weights_bytes=max(placement.device_bytes - max(sum(block_bytes) // 10, max(block_bytes)), smallest))
+    return replace(arrangement, chunks=2 * arrangement.chunks) if arrangement.chunks < _MOST_CHUNKS else None
+
+
+_MOST_CHUNKS = 16
+
+_Holder = tuple[nn.Module, str, torch.Tensor]
+
+
+def _others(transformer: nn.Module, blocks: list[nn.Module]) -> Iterator[_Holder]:
+    """(module, attribute, tensor) of every frozen parameter and buffer but the stored weights of the blocks' Linears."""
+    streamed = {linear for block in blocks for linear in frozen_linears(block)}
+    for module in transformer.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if not tensor.requires_grad and not (module in streamed and name in module.stored_tensors()):
+                yield module, name, tensor.data
+
+
+def _put(tensors: list[_Holder], device: torch.device) -> None:
+    """Lets the modules hold the tensors as they are on a device: themselves on the CPU."""
+    for holder, name, tensor in tensors:
+        placed: Any = tensor.to(device, non_blocking=True)
+        if isinstance(getattr(holder, name), nn.Parameter):
+            placed = nn.Parameter(placed, requires_grad=False)
+        setattr(holder, name, placed)
