@@ -16,6 +16,7 @@ from .job import due
 from .optimizers import learning_rate_factor, set_learning_rate
 from .predict import batch_loss
 from .previews import Previews
+from .room import probe, with_room
 from .run import Run
 from .run_status import OUTCOMES, Outcome
 from .training import Training, open_training, save_checkpoint
@@ -34,6 +35,8 @@ def train(run: Run) -> Outcome:
 def _train(training: Training) -> Outcome:
     run = training.run
     run.event("training", step=training.step, total_steps=training.total_steps)
+    if training.step < training.total_steps:
+        probe(training, training.budget_bytes)
     previews, held_out = Previews.of(training), held_out_clips(training)
     previews.write_if_due(training.step, training.step == training.total_steps)
     while training.step < training.total_steps:
@@ -42,10 +45,10 @@ def _train(training: Training) -> Outcome:
                 save_checkpoint(training)
             return OUTCOMES[asked]
         training.step += 1
-        metrics = optimize(training)
+        metrics = with_room(training, lambda: optimize(training))
         last = training.step == training.total_steps
         if due(training.step, run.job.held_out.every_steps, last):
-            metrics |= held_out.loss(training.transformer_at, training.device, training.dtype)
+            metrics |= with_room(training, lambda: held_out.loss(training.transformer_at, training.device, training.dtype))
         report(training, metrics)
         if due(training.step, run.job.checkpoints.every_steps, last):
             save_checkpoint(training)

@@ -67,6 +67,8 @@ class Training:
     total_steps: int
     device: torch.device
     dtype: torch.dtype
+    budget_bytes: int | None = None
+    """What the training may take of the device; None: a device that is not counted."""
     step: int = 0
     resident: Learner | None = None
 
@@ -78,9 +80,9 @@ class Training:
     def trained(self) -> list[Learner]:
         return [learner for learner in self.learners if learner.expert.trained]
 
-    def take_turn(self) -> tuple[Learner, Turn]:
-        """The learner of the present step, on the device and in training mode."""
-        turn = turn_of(self.step, self.total_steps, self.job.experts.turn_steps, len(self.trained))
+    def take_turn(self, step: int | None = None) -> tuple[Learner, Turn]:
+        """The learner of a step (None: the present one), on the device and in training mode."""
+        turn = turn_of(self.step if step is None else step, self.total_steps, self.job.experts.turn_steps, len(self.trained))
         learner = self.trained[turn.index]
         self._make_resident(learner)
         learner.transformer.train()
@@ -92,6 +94,11 @@ class Training:
         learner = next(learner for learner in self.learners if learner.expert is expert)
         self._make_resident(learner)
         return learner.transformer.eval()
+
+    def rearrange(self, arrangement: Arrangement) -> None:
+        """Keeps every transformer otherwise on the device; between two steps only."""
+        for learner in self.learners:
+            learner.residency.rearrange(arrangement)
 
     def _make_resident(self, learner: Learner) -> None:
         if self.resident is learner:
