@@ -19,9 +19,8 @@ def build_optimizer(spec: OptimizerSpec, parameters: Sequence[torch.nn.Parameter
     """The optimizer of a job over its parameters. Raises MissingPackage when its library is not installed.
 
     AdamW on a card is one kernel for all parameters, without temporaries. Kahan summation (adamw_kahan) keeps what rounding
-    takes from weights in bf16; over float32 it is plain AdamW.
-
-    Magnitudes (vectors) do not decay: towards zero they would take the base with them.
+    takes from weights in bf16; over float32 it is plain AdamW. Magnitudes (vectors) do not decay: towards zero they would
+    take the base with them.
     """
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
     groups: Any = parameters
