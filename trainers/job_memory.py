@@ -72,7 +72,7 @@ def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: M
     """The transformer of a file as a run loads it, with its LoRA, and without values."""
     streams = machine.device == "cuda" and not job.lora.dora
     keep_stored = None if streams else False
-    transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams)
+    transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams, quantise=job.memory.quantise)
     add = partial(inject, family=detection.family, spec=job.lora, seed=job.seed, device=_META)
     return Tracer(detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation)
 

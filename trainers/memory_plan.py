@@ -1,7 +1,7 @@
 """Chooses how a model is kept and run on a machine, and says what that takes and why.
 
-Every arrangement that there is gets a price, in bytes and in seconds; of those that fit, the quickest is taken, and of equals the
-one that does least. What is predicted is the most that PyTorch allocates at once (`torch.cuda.max_memory_allocated`); what of
+Arrangements get a price, in bytes and in seconds; of those that fit, the quickest is taken, and of equals the one that copies
+least. What is predicted is the most that PyTorch allocates at once (`torch.cuda.max_memory_allocated`); what of
 the device stays free besides is `reserve_bytes`.
 """
 
@@ -103,7 +103,7 @@ class MemoryPlan:
 
 
 def choose(job: Job, traced: Traced, machine: Machine) -> MemoryPlan:
-    """The quickest arrangement that fits; of those nearly as quick the one that does least.
+    """The quickest arrangement that fits; of those nearly as quick the one that copies least.
 
     What `memory.*` and `gradient_checkpointing` of the job say is kept to. When nothing fits, the plan of the least memory.
     """
@@ -112,14 +112,17 @@ def choose(job: Job, traced: Traced, machine: Machine) -> MemoryPlan:
     for base in _arrangements(job, machine):
         prices += _placed(job, traced, machine, base)
         fitting = [price for price in prices if price.fits(machine)]
-        if fitting and min(price.step_seconds for price in fitting) <= NEARLY_EQUAL * prices[0].unhindered_seconds:
-            break  # no other way can be quicker than one that hides all copies
+        if any(price.copy_seconds == 0 for price in fitting):
+            break
+        hidden = [price for price in fitting if price.step_seconds <= NEARLY_EQUAL * prices[0].unhindered_seconds]
+        if hidden and (base.activations == "host" or job.memory.activations != "auto"):
+            break  # to cut the feed-forward would only take longer
     if not fitting:
         least = min(prices, key=lambda price: max(price.device_bytes - machine.free_bytes, price.host_bytes - machine.ram_bytes))
         return MemoryPlan(job, machine, traced.model, least, fits=False)
     quickest = min(price.step_seconds for price in fitting)
-    price = next(price for price in fitting if price.step_seconds <= NEARLY_EQUAL * quickest)
-    return MemoryPlan(job, machine, traced.model, price, fits=True)
+    nearly = [price for price in fitting if price.step_seconds <= NEARLY_EQUAL * quickest]
+    return MemoryPlan(job, machine, traced.model, min(nearly, key=lambda price: price.copy_seconds), fits=True)
 
 
 def _arrangements(job: Job, machine: Machine) -> Iterator[Arrangement]:
@@ -213,36 +216,50 @@ def _remedies(plan: MemoryPlan, traced: Traced) -> Iterator[str]:
     """Sentences' parts: each change alone makes it fit."""
     job, shape = plan.job, traced.shape
 
-    def fits(changed: Job, smaller: StepShape = shape, model: ModelBytes = traced.model) -> bool:
-        return choose(changed, _Other(traced, model, smaller), plan.machine).fits
+    base = replace(plan.arrangement, weights_bytes=None)
 
-    free = job.model_copy(update={"memory": MemorySpec(vram_gib=job.memory.vram_gib, ram_gib=job.memory.ram_gib)})
-    if free != job.model_copy(update={"memory": free.memory}) or not job.gradient_checkpointing:
-        relaxed = free.model_copy(update={"gradient_checkpointing": True})
-        if fits(relaxed):
-            yield 'gradient_checkpointing = true and memory.* as the plan chooses ("auto")'
-            return
-    if shape.batch_size > 1 and fits(job, replace(shape, batch_size=1)):
+    def fits(smaller: StepShape = shape, model: ModelBytes = traced.model) -> bool:
+        return any(price.fits(plan.machine) for price in _placed(job, _Other(traced, model, smaller), plan.machine, base))
+
+    memory = MemorySpec(vram_gib=job.memory.vram_gib, ram_gib=job.memory.ram_gib, quantise=job.memory.quantise)
+    relaxed = job.model_copy(update={"memory": memory, "gradient_checkpointing": True})
+    if relaxed != job and choose(relaxed, traced, plan.machine).fits:
+        yield "gradient_checkpointing = true and memory.* as the plan chooses"
+        return
+    if shape.batch_size > 1 and fits(replace(shape, batch_size=1)):
         yield "batch_size 1 with more accumulation"
     channels, frames, height, width = shape.latents_CFHW
     smaller_clips = [(channels, count, height, width) for count in _halves(frames)]
-    if found := next((size for size in smaller_clips if fits(job, _of_size(shape, size))), None):
+    if found := next((size for size in smaller_clips if fits(_of_size(shape, size))), None):
         yield f"clips of at most {found[1]} latent frames (now {frames})"
-    smaller_pictures = [(channels, frames, int(height * by) // 2 * 2, int(width * by) // 2 * 2) for by in (0.8, 0.6, 0.5, 0.4, 0.25)]
-    if found := next((size for size in smaller_pictures if min(size) > 1 and fits(job, _of_size(shape, size))), None):
+    smaller_pictures = [(channels, frames, int(height * by) // 2 * 2, int(width * by) // 2 * 2) for by in (0.75, 0.5, 0.35)]
+    if found := next((size for size in smaller_pictures if min(size) > 1 and fits(_of_size(shape, size))), None):
         yield f"{found[2] / height:.0%} of the width and height"
-    for name, bytes_each in (("fp8", 1.0), ("nf4", 0.6)) if job.memory.quantise == "none" and not job.lora.dora else ():
-        packed = replace(traced.model, blocks=tuple(int(size * bytes_each / 2) for size in traced.model.blocks))
-        if fits(job, model=packed):
-            yield f'memory.quantise = "{name}"'
+    for how in _denser(plan):
+        share = _PACKED_BYTES[how] * traced.model.block_weights / sum(traced.model.blocks)
+        packed = tuple(int(share * size) for size in traced.model.blocks)
+        if fits(model=replace(traced.model, blocks=packed)):
+            yield f'memory.quantise = "{how}"'
             break
-    if job.lora.rank > 4 and fits(job, model=replace(traced.model, parameters=traced.model.parameters * 4 // job.lora.rank)):
+    if job.lora.rank > 4 and fits(model=replace(traced.model, parameters=traced.model.parameters * 4 // job.lora.rank)):
         yield "lora.rank 4"
+
+
+_PACKED_BYTES = {"fp8": 1.0, "nf4": 0.5625}
+"""Of each number, scales included."""
+
+
+def _denser(plan: MemoryPlan) -> list[str]:
+    """Ways to keep the blocks' weights in fewer bytes than now."""
+    if plan.job.lora.dora or not plan.model.block_weights:
+        return []
+    now = sum(plan.model.blocks) / plan.model.block_weights
+    return [how for how, size in _PACKED_BYTES.items() if size < 0.9 * now]
 
 
 def _halves(count: int) -> list[int]:
     """Smaller counts, down to 1."""
-    return [value for value in (count * 3 // 4, count // 2, count // 3, count // 4, 1) if 0 < value < count]
+    return [value for value in (count * 3 // 4, count // 2, count // 4, 1) if 0 < value < count]
 
 
 def _of_size(shape: StepShape, latents_CFHW: tuple[int, int, int, int]) -> StepShape:

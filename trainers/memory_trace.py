@@ -25,7 +25,7 @@ from .offload.arrangement import Arrangement
 from .offload.blocks import Blocks
 from .offload.chunks import in_chunks
 from .offload.copies import HostCopies
-from .offload.layout import BlockLayout
+from .offload.layout import BlockLayout, frozen_linears
 from .offload.linear import FrozenLinear
 from .predict import batch_loss
 from .residency import blocks_of
@@ -107,12 +107,15 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """What a model takes without a step: `blocks` are the bytes of each block that can be streamed, `beside` all else that is
-    frozen, `adapters` and `parameters` the trained layers and numbers of one transformer. `trained`: how many transformers
-    of this kind take turns on the device (two experts), each with parameters of its own.
+    """What a model takes without a step.
+
+    `blocks` are the bytes of each block that can be streamed, `block_weights` how many numbers they stand for together,
+    `beside` all else that is frozen; `adapters` and `parameters` the trained layers and numbers of one transformer. `trained`:
+    how many transformers of this kind take turns on the device (two experts), each with parameters of its own.
     """
 
     blocks: tuple[int, ...]
+    block_weights: int
     beside: int
     adapters: int
     parameters: int
@@ -177,12 +180,14 @@ class Tracer:
 
     def _model(self, inject: Callable[[nn.Module], object]) -> ModelBytes:
         """Injects what is trained into the whole transformer, and counts."""
-        blocks = tuple(BlockLayout.of(block).nbytes for listed in self._lists.values() for block in listed)
+        modules = [block for listed in self._lists.values() for block in listed]
+        blocks = tuple(BlockLayout.of(block).nbytes for block in modules)
+        weights = sum(linear.out_features * linear.in_features for block in modules for linear in frozen_linears(block))
         inject(self._transformer)
         trained = list(_trained(self._transformer))
         frozen = sum(map(_bytes, _frozen(self._transformer)))
         adapters = sum("lora_A" in name for name, _ in self._transformer.named_parameters())
-        return ModelBytes(blocks, frozen - sum(blocks), adapters, sum(parameter.numel() for parameter in trained))
+        return ModelBytes(blocks, weights, frozen - sum(blocks), adapters, sum(parameter.numel() for parameter in trained))
 
 
 _FEW, _FEW_WITH_ARENA = 2, 5

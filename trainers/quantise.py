@@ -47,6 +47,8 @@ def stored_nbytes(outputs: int, inputs: int, how: Quantise, dense_itemsize: int)
 
 def fp8_by_rows(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3fn (O, I), scale (O, 1) float32): each row's largest magnitude becomes e4m3fn's, 448."""
+    if weight_OI.is_meta:
+        return torch.empty_like(weight_OI, dtype=torch.float8_e4m3fn), weight_OI.new_empty(len(weight_OI), 1, dtype=torch.float32)
     largest_O1 = torch.linalg.vector_norm(weight_OI, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
     scale_O1 = torch.where(largest_O1 > 0, largest_O1 / _LARGEST_FP8, 1.0)
     return (weight_OI.float() / scale_O1).clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn), scale_O1
@@ -54,6 +56,9 @@ def fp8_by_rows(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _nf4(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(two weights in a byte, the magnitude of each 64), in parts, since a CPU takes five times the memory of each."""
+    if weight_OI.is_meta:
+        count = weight_OI.numel()
+        return weight_OI.new_empty(-(-count // 2), dtype=torch.uint8), weight_OI.new_empty(-(-count // _NF4_BLOCK), dtype=torch.float32)
     from bitsandbytes.functional import quantize_4bit
 
     found = [quantize_4bit(part, blocksize=_NF4_BLOCK, quant_type="nf4") for part in torch.split(weight_OI.reshape(-1), _AT_ONCE)]
@@ -61,9 +66,11 @@ def _nf4(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _decode_nf4(tensors: Sequence[torch.Tensor], shape_OI: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    packed, absmax = tensors
+    if packed.is_meta:
+        return packed.new_empty(shape_OI, dtype=dtype)
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    packed, absmax = tensors
     state = QuantState(absmax, shape=torch.Size(shape_OI), dtype=dtype, blocksize=_NF4_BLOCK, quant_type="nf4")
     dense: torch.Tensor = dequantize_4bit(packed.unsqueeze(1), state)
     return dense.view(shape_OI)

@@ -94,14 +94,16 @@ def measured_peak(family: Family, dtype: torch.dtype, arrangement: Arrangement) 
     return peak
 
 
-CASES = [(family, "checkpoints", torch.float32) for family in GROWN]
-CASES += [("wan", way, torch.float32) for way in WAYS if way != "checkpoints"]
-CASES += [("wan", "checkpoints", torch.bfloat16), ("hunyuan", "whole", torch.bfloat16)]
+CASES = [
+    ("wan", "checkpoints", torch.bfloat16),
+    ("ltx", "whole", torch.float32),
+    ("hunyuan", "checkpoints on the host", torch.float32),
+    ("mochi", "chunks", torch.float32),
+]
+"""Every family, and every way; all combinations agree too, and take a minute more."""
 
 
-@pytest.mark.parametrize(
-    ("family_id", "way", "dtype"), [*CASES, ("wan", "checkpoints", torch.bfloat16), ("hunyuan", "whole", torch.bfloat16)]
-)
+@pytest.mark.parametrize(("family_id", "way", "dtype"), CASES)
 def test_a_real_step_takes_what_the_trace_says(family_id: str, way: str, dtype: torch.dtype) -> None:
     family = families()[family_id]
     variant, tracer = traced(family, dtype)
@@ -111,7 +113,7 @@ def test_a_real_step_takes_what_the_trace_says(family_id: str, way: str, dtype: 
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize(("family_id", "way"), [*((family, "checkpoints") for family in GROWN), *(("wan", way) for way in WAYS)])
+@pytest.mark.parametrize(("family_id", "way"), [("wan", "checkpoints on the host"), ("hunyuan", "checkpoints"), ("mochi", "whole")])
 def test_few_blocks_stand_for_all(family_id: str, way: str) -> None:
     family = families()[family_id]
     variant, tracer = traced(family, torch.bfloat16)

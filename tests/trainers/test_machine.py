@@ -1,0 +1,72 @@
+"""What is free of a machine's memory, from the texts that systems give, and the rates measured here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainers.errors import JobError
+from trainers.machine import (
+    CARDS,
+    GIB,
+    available_in_cgroup,
+    available_in_meminfo,
+    available_ram,
+    card_of,
+    cgroup_folders,
+    this_machine,
+)
+
+MEMINFO = "MemTotal:       65838080 kB\nMemFree:         1203312 kB\nMemAvailable:   41234560 kB\nBuffers:          20480 kB\n"
+
+
+def test_what_caches_give_way_counts_as_available() -> None:
+    assert available_in_meminfo(MEMINFO) == 41234560 * 1024
+    assert available_in_meminfo("MemTotal: 1 kB\n") is None
+
+
+def test_a_container_s_limit_counts() -> None:
+    second = {"memory.max": "8589934592\n", "memory.current": "6000000000\n", "memory.stat": "anon 1\ninactive_file 2000000000\n"}
+    assert available_in_cgroup(second) == 8589934592 - 6000000000 + 2000000000
+    first = {"memory.limit_in_bytes": "4294967296", "memory.usage_in_bytes": "1073741824", "memory.stat": "total_inactive_file 5\n"}
+    assert available_in_cgroup(first) == 4294967296 - 1073741824 + 5
+
+
+@pytest.mark.parametrize("limit", ["max", "", "9223372036854771712"])
+def test_no_limit_is_none(limit: str) -> None:
+    assert available_in_cgroup({"memory.max": limit, "memory.current": "1"}) is None
+
+
+def test_the_groups_above_count_too() -> None:
+    root = "/sys/fs/cgroup"
+    assert cgroup_folders("0::/user.slice/run\n") == [f"{root}/user.slice/run", f"{root}/user.slice", root]
+    assert cgroup_folders("4:memory:/docker/ab\n2:cpu,cpuacct:/docker/ab\n") == [
+        f"{root}/memory/docker/ab",
+        f"{root}/memory/docker",
+        f"{root}/memory",
+    ]
+
+
+def test_this_machine_is_measured() -> None:
+    machine = this_machine(torch.device("cpu"), torch.float32)
+    assert machine.measured
+    assert 0 < machine.free_bytes <= machine.ram_bytes + GIB
+    assert machine.flops_rate > 1e8
+    assert machine.copy_rate > 1e7
+    assert available_ram() > 2**20
+
+
+def test_a_card_is_known_by_its_size_or_name() -> None:
+    assert card_of(None, 12).name == "RTX 3060"
+    assert card_of(None, 22).name == "RTX 4090"
+    assert not card_of("t4", None).bf16
+    with pytest.raises(JobError, match="RTX 4090"):
+        card_of("GTX 1080", None)
+
+
+def test_a_stated_card_leaves_room_for_its_context() -> None:
+    for card in CARDS:
+        machine = card.machine(32)
+        assert machine.free_bytes < machine.total_bytes == int(card.gib * GIB)
+        assert not machine.measured
+        assert machine.turing is not card.bf16
