@@ -86,7 +86,7 @@ _NAMES = {
 }
 
 
-_TINY_VARIANTS = {"wan2.1-t2v-1.3b": "wan2.1-t2v", "wan2.1-t2v-14b": "wan2.1-t2v"}
+_TINY_VARIANTS = {"wan2.1-t2v-1.3b": "wan2.1-t2v", "wan2.1-t2v-14b": "wan2.1-t2v", "wan2.2-ti2v-5b": "wan2.2-ti2v"}
 """What a model is when it has not the size by which it is known."""
 
 
