@@ -61,7 +61,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=540.0, help="no case begins after that, and none runs on")
     parser.add_argument("--folder", help="where models are made, 60 GB; default: a temporary folder")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help="a checkout of another trainer: musubi=...")
-    parser.add_argument("--plan", choices=("auto", "no"), default="auto", help="no: as if there were no planner")
     parser.add_argument("--list", action="store_true", help="names of the cases")
     parser.add_argument("--in-process", action="store_true", help="cases in this process, one after the other: for tests")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -94,7 +93,7 @@ def _run(case: Case, options: argparse.Namespace, folder: Path, left_seconds: fl
     answer, log = folder / "answer.json", folder / "log.txt"
     answer.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--one", case.name, "--out", str(answer), "--device", options.device, "--folder", str(folder)]
-    command += [part for peer in options.peer for part in ("--peer", peer)] + ["--plan", options.plan] + ["--tiny"] * options.tiny
+    command += [part for peer in options.peer for part in ("--peer", peer)] + ["--tiny"] * options.tiny
     limit = min(case.limit_seconds, left_seconds)
     started = time.monotonic()
     error = _in_process(command[2:]) if options.in_process else _watched(command, log, limit)

@@ -112,7 +112,7 @@ def write_random(path: Path, entries: Entries, metadata: Mapping[str, str] | Non
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    pools = _Pools()
+    pools = _Pools(min(_POOL_NUMBERS, 4 * max(prod(shape) for _, shape in entries.values())))
     partial = path.with_suffix(".partial")
     with partial.open("wb", buffering=0) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
@@ -128,8 +128,8 @@ def write_random(path: Path, entries: Entries, metadata: Mapping[str, str] | Non
 class _Pools:
     """Random bytes for tensors: a pool for each (dtype, mean, deviation), read from a place that the tensor's name gives."""
 
-    def __init__(self) -> None:
-        self._normal = torch.randn(_POOL_NUMBERS, generator=torch.Generator().manual_seed(0))
+    def __init__(self, numbers: int) -> None:
+        self._normal = torch.randn(numbers, generator=torch.Generator().manual_seed(0))
         self._pools: dict[tuple[torch.dtype, float, float], memoryview] = {}
         self._deviations: dict[str, float] = {}
 
@@ -138,7 +138,7 @@ class _Pools:
         if name.endswith(".scale_weight"):
             return [memoryview(torch.tensor(self._scale(name)).view(1).view(torch.uint8).numpy())]
         pool = self._pool(dtype, *self._values(name, dtype, shape))
-        place = zlib.crc32(name.encode()) % (_POOL_NUMBERS // 2) * dtype.itemsize
+        place = zlib.crc32(name.encode()) % (len(self._normal) // 2) * dtype.itemsize
         parts, left = [], nbytes
         while left:
             parts.append(pool[place : place + left])

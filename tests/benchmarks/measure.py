@@ -36,33 +36,20 @@ def measure(case: Case, device: torch.device, folder: Path, options: argparse.Na
     return found | (_trained(case, job, device, options) if case.kind == "train" else _compared(case, job, model, device, options))
 
 
-def has_planner(options: argparse.Namespace) -> bool:
-    """Whether the trainer chooses an arrangement by itself."""
-    if options.plan == "no":
-        return False
-    try:
-        from trainers import memory_plan  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def _fields(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """The job's fields: what is under a cap says so, and what has an arrangement of its own can stream."""
     memory: dict[str, Any] = {}
-    if case.cap_gib is not None and has_planner(options):
+    if case.cap_gib is not None:
         memory["vram_gib"] = case.cap_gib
-    if _arrangement(case, options):
+    if case.arrangement:
         memory["stream"] = "always"
     return {"memory": memory, **case.job}
 
 
 def _arrangement(case: Case, options: argparse.Namespace) -> dict[str, Any] | None:
-    """None: what the job and the plan say."""
-    if case.arrangement is None and (has_planner(options) or case.without_plan is None):
-        return None
-    values = dict(case.without_plan or {}) if case.arrangement is None else dict(case.arrangement)
-    if options.tiny and values.pop("weights_gib", values.pop("weights_share", None)) is not None:
+    """None: what the plan says."""
+    values = None if case.arrangement is None else dict(case.arrangement)
+    if options.tiny and values and values.pop("weights_share", None) is not None:
         values["weights_share"] = 0.6
     return values
 
@@ -71,7 +58,7 @@ def _trained(case: Case, job: Job, device: torch.device, options: argparse.Names
     """The trainer alone."""
     before = host_memory()
     started = time.perf_counter()
-    loop = trainer_loop(job, _arrangement(case, options))
+    loop = trainer_loop(job, _arrangement(case, options), planned=case.arrangement is None)
     opened_seconds = time.perf_counter() - started
     warm_up = timed(loop, case.warm_up, time.perf_counter)
     counted, steps = loop.counters(), 1 if options.tiny else case.steps
@@ -93,6 +80,7 @@ def _trained(case: Case, job: Job, device: torch.device, options: argparse.Names
         "met": None if case.target is None or device.type == "cpu" else card_memory(device)["peak_reserved_gib"] <= case.target,
     }
     found["profile"] = _profiled(loop, device)
+    loop.close()
     return found
 
 
@@ -122,9 +110,10 @@ def _kept(loop: Loop) -> dict[str, Any]:
         "streamed_bytes": streamed,
         "slots": placement.slots,
     }
-    price = getattr(getattr(loop.training, "plan", None), "price", None)
-    if price is not None:
+    if loop.plan is not None:
+        price = loop.plan.price
         found["predicted"] = {
+            "arrangement": asdict(price.arrangement),
             "allocated_gib": price.device_bytes / GIB,
             "reserved_gib": (price.device_bytes + price.reserve_bytes) / GIB,
             "host_gib": price.host_bytes / GIB,
@@ -150,7 +139,7 @@ def _compared(case: Case, job: Job, model: FullSize, device: torch.device, optio
     ratios = [mine / other for mine, other in zip(times["ours"], times["plain"], strict=True)]
     count = rounds * (2 if device.type == "cuda" else 1)
     ratio = statistics.median(ratios)
-    return {
+    found = {
         "step_seconds": statistics.median(times["ours"]),
         "plain_step_seconds": statistics.median(times["plain"]),
         "ratio_median": ratio,
@@ -162,3 +151,5 @@ def _compared(case: Case, job: Job, model: FullSize, device: torch.device, optio
         "profile": _profiled(ours, device),
         "met": None if case.target is None or device.type == "cpu" else ratio <= case.target,
     }
+    ours.close()
+    return found
