@@ -25,7 +25,7 @@ class Setting:
 
 def settings() -> tuple[Setting, ...]:
     """Every setting, the main ones first."""
-    groups = (_main, _length, _adapter, _optimizer, _noise, _keeping, _machine, _start, _experts, _later, _conditions)
+    groups = (_main, _length, _adapter, _optimizer, _noise, _keeping, _machine, _start, _experts, _later, _conditions, _memory, _speed)
     return tuple(setting for group in groups for setting in group())
 
 
@@ -415,5 +415,76 @@ def _conditions() -> tuple[Setting, ...]:
             step=0.5,
             tooltip="What a guidance-distilled model (Hunyuan) is told while training. 0: the model's own.",
             unset=0,
+        ),
+    )
+
+
+def _memory() -> tuple[Setting, ...]:
+    """What training may take, and how a model that is larger is made to fit."""
+    return (
+        _folded(
+            "memory.vram_gib",
+            io.Float,
+            "vram_gib",
+            default=0.0,
+            min=0.0,
+            max=1024.0,
+            step=0.5,
+            tooltip="What training may take of the card, in GiB. 0: what is free when it starts. Set it to leave room for other "
+            "programs; what does not fit is streamed.",
+            unset=0,
+        ),
+        _folded(
+            "memory.ram_gib",
+            io.Float,
+            "ram_gib",
+            default=0.0,
+            min=0.0,
+            max=16_384.0,
+            step=1.0,
+            tooltip="What training may take of the machine's memory, in GiB. 0: what is free when it starts. With little of it streamed "
+            "weights are read from the model's file, slower.",
+            unset=0,
+        ),
+        _folded(
+            "memory.quantise",
+            io.Combo,
+            "quantise",
+            options=["none", "fp8", "nf4"],
+            default="none",
+            tooltip="How a 16-bit model is kept while it trains, if it is too large for the card. fp8: half the memory, close to the "
+            "original. nf4: about a quarter, less close; needs the package bitsandbytes. Not with dora. fp8 files stay as they are.",
+        ),
+        _folded(
+            "memory.stream",
+            io.Combo,
+            "stream",
+            options=["auto", "never", "always"],
+            default="auto",
+            tooltip="Whether parts of the model wait in the machine's memory until they are used. auto: as much as the card cannot hold. "
+            "never: all of it is on the card, or the training does not start. always: all blocks wait there, for the least of the card.",
+        ),
+    )
+
+
+def _speed() -> tuple[Setting, ...]:
+    """How fast it is computed."""
+    return (
+        _folded(
+            "speed.attention",
+            io.Combo,
+            "attention",
+            options=["auto", "native", "flash", "flash_3", "xformers"],
+            default="auto",
+            tooltip="Which library computes attention. auto and native: PyTorch's own, which needs nothing. flash and flash_3 need "
+            "flash-attn (3 is for H100), xformers needs xformers; on a CUDA card only.",
+        ),
+        _folded(
+            "speed.compile",
+            io.Boolean,
+            "compile",
+            default=False,
+            tooltip="Let PyTorch compile the model's blocks: the first steps take up to minutes longer, every later one is faster. "
+            "Worth it for hundreds of steps. On Windows it needs the package triton-windows.",
         ),
     )
