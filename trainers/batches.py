@@ -1,11 +1,12 @@
-"""From the micro-batch of the order to tensors on the device: latents, noise, noise levels, captions.
+"""From the micro-batch of the order to tensors: latents, noise, noise levels, captions. All are made on the CPU.
 
 Shape suffixes: B batch, C channels, F latent frames, H and W latent height and width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,10 +28,32 @@ class Batch:
     text: TextBatch
     conditions: Conditions
 
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which a card copies by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device. From pinned memory nothing waits: the copies are queued before what uses them."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        def maybe(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        text, given = self.text, self.conditions
+        tensors = {kind: change(tensor) for kind, tensor in given.tensors.items()}
+        return Batch(
+            change(self.clean_BCFHW),
+            change(self.noise_BCFHW),
+            change(self.sigma_B),
+            TextBatch(change(text.embeds_BLD), maybe(text.mask_BL), maybe(text.pooled_BD)),
+            replace(given, tensors=tensors, first_frame_B=maybe(given.first_frame_B), fps_B=maybe(given.fps_B)),
+        )
+
 
 @dataclass(frozen=True)
 class Samples:
-    """The training clips of a job, and the batches of any step."""
+    """The training clips of a job, and the batches of any step. `device` is where they will be used."""
 
     job: Job
     family: Family
@@ -63,7 +86,10 @@ class Samples:
         return self.order.steps(self.job.epochs)
 
     def batch(self, step: int, micro: MicroBatch, sigmas: tuple[float, float] = (0.0, 1.0)) -> Batch:
-        """The tensors of one micro-batch, a function of (job, data, step); noise levels lie between the two of `sigmas`."""
+        """The tensors of one micro-batch on the CPU, pinned for a CUDA device; noise levels lie between the two of `sigmas`.
+
+        A function of (job, data, step) that touches no global generator, so that any thread may build it.
+        """
         items = [self.items[clip] for clip in micro.clips]
         clean = torch.stack([self.encoded.latents_CFHW(item) for item in items])
         draws = [
@@ -71,14 +97,14 @@ class Samples:
             for i in range(len(items))
         ]
         texts = [clip_text(self.encoded, item, draw.drop_caption) for draw, item in zip(draws, items, strict=True)]
-        clean = clean.to(self.device)
-        return Batch(
+        batch = Batch(
             clean,
-            torch.stack([draw.noise_CFHW for draw in draws]).to(self.device),
-            torch.tensor([draw.sigma for draw in draws], dtype=torch.float32, device=self.device),
-            self.family.collate_text(texts, self.device, self.dtype),
+            torch.stack([draw.noise_CFHW for draw in draws]),
+            torch.tensor([draw.sigma for draw in draws], dtype=torch.float32),
+            self.family.collate_text(texts, torch.device("cpu"), self.dtype),
             self._conditions(step, micro, items, clean),
         )
+        return batch.pinned() if self.device.type == "cuda" else batch
 
     def _conditions(self, step: int, micro: MicroBatch, items: list[EncodedItem], clean_BCFHW: torch.Tensor) -> Conditions:
         probability = first_frame_probability(self.job, self.family.first_frame(self.variant))

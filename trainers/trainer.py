@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .job import due
 from .optimizers import learning_rate_factor, set_learning_rate
 from .predict import batch_loss
 from .previews import Previews
+from .room import probe, with_room
 from .run import Run
 from .run_status import OUTCOMES, Outcome
 from .training import Training, open_training, save_checkpoint
@@ -27,7 +28,15 @@ def train(run: Run) -> Outcome:
     Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can mend.
     """
     training = open_training(run)
+    with closing(training.batches):
+        return _train(training)
+
+
+def _train(training: Training) -> Outcome:
+    run = training.run
     run.event("training", step=training.step, total_steps=training.total_steps)
+    if training.step < training.total_steps:
+        probe(training, training.budget_bytes)
     previews, held_out = Previews.of(training), held_out_clips(training)
     previews.write_if_due(training.step, training.step == training.total_steps)
     while training.step < training.total_steps:
@@ -36,10 +45,10 @@ def train(run: Run) -> Outcome:
                 save_checkpoint(training)
             return OUTCOMES[asked]
         training.step += 1
-        metrics = optimize(training)
+        metrics = with_room(training, lambda: optimize(training))
         last = training.step == training.total_steps
         if due(training.step, run.job.held_out.every_steps, last):
-            metrics |= held_out.loss(training.transformer_at, training.device, training.dtype)
+            metrics |= with_room(training, lambda: held_out.loss(training.transformer_at, training.device, training.dtype))
         report(training, metrics)
         if due(training.step, run.job.checkpoints.every_steps, last):
             save_checkpoint(training)
@@ -54,40 +63,43 @@ def held_out_clips(training: Training) -> HeldOut:
 
 
 def optimize(training: Training) -> dict[str, Any]:
-    """One optimizer step over this process's share of the global batch, of the expert whose turn it is; what it measured."""
+    """One optimizer step over this process's share of the global batch, of the expert whose turn it is; what it measured.
+
+    The host waits for the device once, for the measurements, when the whole step is queued. Raises RunError for a step that
+    was not finite; then the LoRA in memory is spoilt and must not be saved.
+    """
     started, job, accelerator = time.perf_counter(), training.job, training.accelerator
     learner, turn = training.take_turn()
     learning_rate = learner.learning_rate * learning_rate_factor(job.optimizer, turn.step, turn.total_steps)
     set_learning_rate(learner.optimizer, learning_rate)
-    shares = training.samples.order.step(training.step)
-    mine = list(enumerate(shares))[accelerator.process_index :: accelerator.num_processes]
+    mine = training.batches.of_step(training.step)
     loss_sum, sigma_sum = torch.zeros((), device=training.device), torch.zeros((), device=training.device)
-    for position, (index, micro) in enumerate(mine):
-        torch.manual_seed(derived_seed(job.seed, "step", training.step, index))
-        batch = training.samples.batch(training.step, micro, learner.sigmas)
-        with nullcontext() if position == len(mine) - 1 else accelerator.no_sync(learner.transformer):
+    for share in mine:
+        torch.manual_seed(derived_seed(job.seed, "step", training.step, share.index))
+        batch = training.batches.take(share)
+        with nullcontext() if share is mine[-1] else accelerator.no_sync(learner.transformer):
             loss = batch_loss(training.family, training.variant, learner.transformer, batch)
             accelerator.backward(loss / len(mine))
         loss_sum += loss.detach() / len(mine)
         sigma_sum += batch.sigma_B.mean() / len(mine)
     grad_norm = accelerator.clip_grad_norm_(learner.parameters, job.optimizer.max_grad_norm or float("inf"))
-    check_finite(training, float(grad_norm), float(loss_sum))
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    loss_mean, sigma_mean = accelerator.reduce(torch.stack([loss_sum, sigma_sum]), "mean").tolist()
+    loss, sigma, norm = accelerator.reduce(torch.stack([loss_sum, sigma_sum, grad_norm.float()]), "mean").tolist()
+    check_finite(training, norm, loss)
     return {
-        "epoch": shares[-1].epoch,
-        "loss": loss_mean,
-        "grad_norm": float(grad_norm),
+        "epoch": training.samples.order.step(training.step)[-1].epoch,
+        "loss": loss,
+        "grad_norm": norm,
         "lr": learning_rate,
-        "sigma": sigma_mean,
+        "sigma": sigma,
         "seconds": time.perf_counter() - started,
         **({"expert": learner.expert.name, "expert_step": turn.step} if learner.expert.name else {}),
     }
 
 
 def check_finite(training: Training, grad_norm: float, loss: float) -> None:
-    """Raises RunError for a step that would turn the LoRA into not-a-numbers; a loss scaler skips such a step by itself."""
+    """Raises RunError for a step that turned the LoRA into not-a-numbers; a loss scaler skips such a step by itself."""
     if training.accelerator.scaler is None and not (math.isfinite(grad_norm) and math.isfinite(loss)):
         good = training.run.latest_checkpoint()
         kept = f"The checkpoint of step {good} is kept" if good else "Nothing was kept yet"

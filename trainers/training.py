@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from .lora_format import read_lora, write_lora
 from .lora_metadata import lora_metadata
 from .offload.arrangement import Arrangement
 from .optimizers import build_optimizer
+from .prefetch import Batches
 from .preflight import check, extended_run
 from .residency import Residency
 from .run import Run
@@ -60,9 +62,12 @@ class Training:
     learners: tuple[Learner, ...]
     encoded: Encoded
     samples: Samples
+    batches: Batches
     total_steps: int
     device: torch.device
     dtype: torch.dtype
+    budget_bytes: int | None = None
+    """What the training may take of the device; None: a device that is not counted."""
     step: int = 0
     resident: Learner | None = None
 
@@ -74,9 +79,9 @@ class Training:
     def trained(self) -> list[Learner]:
         return [learner for learner in self.learners if learner.expert.trained]
 
-    def take_turn(self) -> tuple[Learner, Turn]:
-        """The learner of the present step, on the device and in training mode."""
-        turn = turn_of(self.step, self.total_steps, self.job.experts.turn_steps, len(self.trained))
+    def take_turn(self, step: int | None = None) -> tuple[Learner, Turn]:
+        """The learner of a step (None: the present one), on the device and in training mode."""
+        turn = turn_of(self.step if step is None else step, self.total_steps, self.job.experts.turn_steps, len(self.trained))
         learner = self.trained[turn.index]
         self._make_resident(learner)
         learner.transformer.train()
@@ -88,6 +93,11 @@ class Training:
         learner = next(learner for learner in self.learners if learner.expert is expert)
         self._make_resident(learner)
         return learner.transformer.eval()
+
+    def rearrange(self, arrangement: Arrangement) -> None:
+        """Keeps every transformer otherwise on the device; between two steps only."""
+        for learner in self.learners:
+            learner.residency.rearrange(arrangement)
 
     def _make_resident(self, learner: Learner) -> None:
         if self.resident is learner:
@@ -126,6 +136,7 @@ def open_training(run: Run) -> Training:
         learners=learners,
         encoded=encoded,
         samples=samples,
+        batches=Batches(samples, _sigmas_at(job, learners, samples.total_steps), accelerator.process_index, accelerator.num_processes),
         total_steps=samples.total_steps,
         device=accelerator.device,
         dtype=DTYPES[precision],
@@ -146,6 +157,12 @@ def arrangement_of(job: Job) -> Arrangement:
         chunks=memory.chunks or 1,
         compile=job.speed.compile,
     )
+
+
+def _sigmas_at(job: Job, learners: Sequence[Learner], total_steps: int) -> Callable[[int], tuple[float, float]]:
+    """Between which noise levels a step trains: those of the expert whose turn it is."""
+    trained = [learner for learner in learners if learner.expert.trained]
+    return lambda step: trained[turn_of(step, total_steps, job.experts.turn_steps, len(trained)).index].sigmas
 
 
 def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement) -> Learner:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from control_answers import SIGMA
 from installation import PACK, ComfyUI
+from questions import relative
 from safetensors.torch import load_file
 
 from trainers.demo import demo
@@ -107,10 +108,6 @@ def answers(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Answe
         asked.append({**task, **own, "family": family, "inputs": inputs, "steps": steps, "output": str(folder / name)})
     told = comfyui.call("control_answers.py", pack=str(PACK), tasks=asked)
     return Answers(folder, dict(zip(tasks(), told, strict=True)), load_file(wan["inputs"]), load_file(ltx["inputs"]))
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", EXPECTED)

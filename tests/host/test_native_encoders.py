@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from installation import PACK, ComfyUI
+from installation import ComfyUI
+from questions import ask, relative
 from safetensors.torch import load_file, save_file
 from tiny import VARIANT, WAN
 
@@ -77,14 +78,6 @@ def write_tied(folder: Path) -> Path:
     state = load_file(path)
     save_file({name.replace("shared.", "encoder.embed_tokens."): tensor.clone() for name, tensor in state.items()}, path)
     return path
-
-
-def ask(comfyui: ComfyUI, *tasks: dict[str, Any]) -> list[Any]:
-    return comfyui.call("native_answers.py", pack=str(PACK), tasks=list(tasks))
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def test_latents_are_the_trainer_s(answers: dict[str, Any]):

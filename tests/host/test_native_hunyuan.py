@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from hunyuan_files import I2V_V1, I2V_V2, T2V, random_adapter, write_transformer
-from installation import PACK, ComfyUI
+from installation import ComfyUI
+from questions import ask, relative
 from safetensors.torch import load_file, save_file
 
 from trainers.checkpoint import Checkpoint
@@ -66,20 +67,12 @@ def ours(transformer: torch.nn.Module, variant: str, given: Tensors) -> torch.Te
     return velocity[:1] if inputs.loss_mask is None else velocity[:1] * inputs.loss_mask[:1]
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 def denoise(variant: str, transformer: Path, folder: Path, name: str, lora: Path | None = None, **options: Any) -> dict[str, Any]:
     """The task for ComfyUI: one step of its sampler, with what its image-to-video node puts into the conditioning."""
     options = {"guidance": 6.0, **({"guiding_frame_index": 0} if variant == I2V_V2 else {}), **options}
     base = {"family": "hunyuan", "variant": variant, "transformer": str(transformer)}
     files = {"inputs": str(folder / "inputs"), "output": str(folder / name), "lora": str(lora) if lora else None}
     return {"task": "denoise", "base": base, **files, "options": options}
-
-
-def ask(comfyui: ComfyUI, *tasks: dict[str, Any]) -> list[Any]:
-    return comfyui.call("native_answers.py", pack=str(PACK), tasks=list(tasks))
 
 
 def theirs(folder: Path, name: str, given: Tensors) -> torch.Tensor:

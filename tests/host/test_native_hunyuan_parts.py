@@ -11,6 +11,7 @@ import torch
 from hunyuan_encoders import CLIP, LLAMA, Folder, clip, image, image_processor, llama_tokenizer, llava
 from hunyuan_files import random_vae
 from installation import PACK, ComfyUI
+from questions import relative
 from safetensors.torch import load_file, save_file
 
 from trainers.checkpoint import Checkpoint
@@ -23,16 +24,12 @@ def ask(comfyui: ComfyUI, task: str, **arguments: Any) -> Any:
     return comfyui.call("hunyuan_answers.py", pack=str(PACK), tasks=[{"task": task, **arguments}])[0]
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 def test_the_vae_encodes_and_decodes_one_latent_frame_as_comfyui_does(comfyui: ComfyUI, tmp_path: Path) -> None:
     """At its real width. Beyond one latent frame ComfyUI's GroupNorms see another cut of the clip: measured, not equal."""
     save_file(native_state(random_vae().state_dict(), VAE_KEYS), tmp_path / "vae.safetensors")
     chance = torch.Generator().manual_seed(0)
-    given = {f"pixels{frames}": torch.rand(1, 3, frames, 32, 32, generator=chance) * 2 - 1 for frames in (1, 9)}
-    given |= {f"latents{frames}": 0.5 * torch.randn(1, 16, frames, 4, 4, generator=chance) for frames in (1, 3)}
+    given = {f"pixels{frames}": torch.rand(1, 3, frames, 32, 32, generator=chance) * 2 - 1 for frames in (1, 5)}
+    given |= {f"latents{frames}": 0.5 * torch.randn(1, 16, frames, 4, 4, generator=chance) for frames in (1, 2)}
     save_file(given, tmp_path / "inputs")
     told = ask(comfyui, "vae", vae=str(tmp_path / "vae.safetensors"), inputs=str(tmp_path / "inputs"), output=str(tmp_path / "answer"))
     answers = load_file(tmp_path / "answer")
@@ -47,8 +44,8 @@ def test_the_vae_encodes_and_decodes_one_latent_frame_as_comfyui_does(comfyui: C
     assert float(ours["latents1"].abs().lt(1).float().mean()) > 0.5, "not all of it is clamped"
     assert figures["pixels1"] < 1e-4
     assert figures["latents1"] < 1e-4
-    assert 1e-3 < figures["pixels9"] < 1.0
-    assert 1e-3 < figures["latents3"] < 1.0
+    assert 1e-3 < figures["pixels5"] < 1.0
+    assert 1e-3 < figures["latents2"] < 1.0
 
 
 def test_the_schedule_is_that_of_the_shipped_graph(comfyui: ComfyUI) -> None:

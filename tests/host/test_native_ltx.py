@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from installation import PACK, ComfyUI
+from installation import ComfyUI
 from ltx_files import CAUSAL, LTX, NOT_CAUSAL, VAE_HEADERS, native_vae, random_ltx, write_ltx
+from questions import ask, relative
 from safetensors.torch import load_file, save_file
 
 from trainers.checkpoint import Checkpoint
@@ -61,14 +62,6 @@ MODELS = {
     "one layer of 2B": Model("ltxv-2b-0.9", 2048, 1, NOT_CAUSAL, False),
     "one layer of 13B": Model("ltxv-13b", 4096, 1, CAUSAL, True),
 }
-
-
-def ask(comfyui: ComfyUI, tasks: list[dict[str, Any]]) -> list[Any]:
-    return comfyui.call("native_answers.py", pack=str(PACK), tasks=tasks)
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def question(first_frame: bool) -> dict[str, torch.Tensor]:
@@ -130,7 +123,7 @@ def answers(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Told:
         folders[name] = tmp_path_factory.mktemp("ltx")
         make(folders[name], model)
         tasks[name] = tasks_for(folders[name], model)
-    told = iter(ask(comfyui, [task for of_one in tasks.values() for task in of_one]))
+    told = iter(ask(comfyui, *(task for of_one in tasks.values() for task in of_one)))
     return {name: (folder, [next(told) for _ in tasks[name]]) for name, folder in folders.items()}
 
 
@@ -232,7 +225,7 @@ def graph(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     scheduler = {"module": "comfy_extras.nodes_lt", "node": "LTXVScheduler", "latent": [1, *LTX.latent(LTX.variants[0]).shape(*SIZE)]}
     numbers = {"max_shift": 2.05, "base_shift": 0.95, "stretch": True, "terminal": 0.1}
     tasks["sigmas"] = {"task": "node_sigmas", **scheduler, "arguments": {"steps": STEPS, **numbers}}
-    return dict(zip(tasks, ask(comfyui, list(tasks.values())), strict=True)) | {"folder": folder}
+    return dict(zip(tasks, ask(comfyui, *tasks.values()), strict=True)) | {"folder": folder}
 
 
 @pytest.mark.parametrize("vae_id", VAE_HEADERS)

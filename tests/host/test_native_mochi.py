@@ -14,6 +14,7 @@ import pytest
 import torch
 from installation import PACK, ComfyUI
 from mochi_files import native_vae, tiny_mochi_vae
+from questions import relative
 from safetensors.torch import load_file, save_file
 
 from trainers.adapter import Adapter, LoraPair
@@ -136,10 +137,6 @@ def write_text_encoder(folder: Path, comfyui: ComfyUI) -> None:
     encoder = T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes))
     encoder.half().float().save_pretrained(folder / "text_encoder")  # ComfyUI keeps text encoders in fp16
     shutil.copytree(comfyui.root / "comfy" / "text_encoders" / "t5_tokenizer", folder / "tokenizer")
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from installation import PACK, ComfyUI
+from installation import ComfyUI
+from questions import ask, relative
 from safetensors.torch import load_file, save_file
 from tiny import VARIANT, WAN, TinyShape, as_fp8_scaled, random_transformer, tiny_job, write_transformer
 
@@ -87,18 +88,9 @@ def trainers_velocity(case: Case, lora: Path | None) -> torch.Tensor:
         return WAN.predict(transformer, inputs, WAN.collate_text(records, torch.device("cpu"), torch.float32))
 
 
-def ask(comfyui: ComfyUI, *tasks: dict[str, Any]) -> list[Any]:
-    """What ComfyUI's objects answer (see `native_answers.py`), all in one process."""
-    return comfyui.call("native_answers.py", pack=str(PACK), tasks=list(tasks))
-
-
 def velocity(case: Case, output: Path, lora: Path | None = None, weight_dtype: str | None = None) -> dict[str, Any]:
     files = {"inputs": str(case.inputs), "output": str(output), "lora": str(lora) if lora else None}
     return {"task": "velocity", "base": case.base, "weight_dtype": weight_dtype, **files}
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def test_they_agree_in_float32_without_and_with_a_lora(comfyui: ComfyUI, case: Case, tmp_path: Path):

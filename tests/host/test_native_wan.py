@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from installation import PACK, ComfyUI
+from installation import ComfyUI
+from questions import ask, relative
 from safetensors.torch import load_file, save_file
 from tiny import TinyShape
 from wan_models import SMALL, VARIANTS, Question, config_of, open_variant, write_variant
@@ -52,15 +53,6 @@ TINY = [Case(variant) for variant in ("wan2.1-i2v", "wan2.2-t2v", "wan2.2-i2v", 
 TINY.append(Case("wan2.2-ti2v", first_frame=False))
 WIDE = [Case("wan2.2-ti2v", _5B), Case("wan2.1-i2v", _14B)]
 """2.1 I2V 14B has every layer of the other 14B models, and the image layers: these need no gigabytes of their own here."""
-
-
-def ask(comfyui: ComfyUI, *tasks: dict[str, Any]) -> list[Any]:
-    """What ComfyUI's objects answer (see `native_answers.py`), all in one process."""
-    return comfyui.call("native_answers.py", pack=str(PACK), tasks=list(tasks))
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def prepared(case: Case, folder: Path) -> list[dict[str, Any]]:

@@ -35,26 +35,36 @@ FILE_NAMES = {T2V: "hunyuan_video_t2v.safetensors", I2V_V1: "hunyuan_i2v.safeten
 LORA = LoraSpec(rank=4)
 
 
-def cheap_noise(shape: torch.Size, seed: int) -> torch.Tensor:
-    """Normal numbers that repeat after a million: drawing a full-width model's takes seconds."""
+def cheap_noise(shape: torch.Size, seed: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal numbers that repeat after a million: drawing a full-width model's takes seconds, and so does each pass over them."""
     numbers = torch.randn(min(shape.numel(), 2**20 + 7), generator=torch.Generator().manual_seed(seed))
+    numbers = (mean + scale * numbers).to(dtype)
     return numbers.repeat(-(-shape.numel() // len(numbers)))[: shape.numel()].reshape(shape)
+
+
+def _empty_transformer(variant: str, **changes: Any) -> torch.nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    with torch.device("meta"):
+        return HunyuanVideoTransformer3DModel(**SHAPE | IMAGE[variant] | changes)
 
 
 @torch.no_grad()
 def random_transformer(variant: str = T2V, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A HunyuanVideoTransformer3DModel in float32 with weights that make every part count; cheap at any width."""
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    with torch.device("meta"):
-        model = HunyuanVideoTransformer3DModel(**SHAPE | IMAGE[variant] | changes)
-    state = {}
-    for index, (name, tensor) in enumerate(model.state_dict().items()):
-        values = cheap_noise(tensor.shape, seed + index)
-        norm = ".norm" in name and tensor.ndim == 1 and name.endswith("weight")
-        state[name] = 1 + 0.1 * values if norm else 0.1 * values if tensor.ndim == 1 else values / tensor[0].numel() ** 0.5
-    model.load_state_dict(state, assign=True)
+    model = _empty_transformer(variant, **changes)
+    model.load_state_dict(_random_state(model, seed, torch.float32), assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _random_state(model: torch.nn.Module, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights for a model on the meta device."""
+    state = {}
+    for index, (name, like) in enumerate(model.state_dict().items()):
+        norm = ".norm" in name and like.ndim == 1 and name.endswith("weight")
+        scale = 0.1 if like.ndim == 1 else like[0].numel() ** -0.5
+        state[name] = cheap_noise(like.shape, seed + index, scale, float(norm), dtype)
+    return state
 
 
 def original_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,9 +75,10 @@ def original_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def write_transformer(folder: Path, variant: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """The random transformer as ComfyUI's repackaged files have it, prefix included."""
-    state = native_state(random_transformer(variant, **changes).state_dict(), KEYS)
+    model = _empty_transformer(variant, **changes)
+    state = native_state(_random_state(model, 0, dtype), KEYS)
     path = folder / FILE_NAMES[variant]
-    save_file({f"model.model.{name}": tensor.to(dtype) for name, tensor in state.items()}, path)
+    save_file({f"model.model.{name}": tensor for name, tensor in state.items()}, path)
     return path
 
 

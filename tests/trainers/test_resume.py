@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import warm_worker
 from tiny import TinyShape, tiny_job
 
 from trainers.run import Run
 from trainers.training import lora_path
 
-WORKER = Path(__file__).parents[2] / "trainers" / "worker.py"
 KILL_AT_RENAME = Path(__file__).parent / "kill_at_rename.py"
 STEPS, EVERY = 60, 5
 LAST_KILL = 45
@@ -39,9 +39,11 @@ def job_in(folder: Path, optimizer: str):
     )
 
 
-def start(run: Run, *before: str) -> subprocess.Popen[bytes]:
+def straight_through(run: Run) -> None:
+    """A worker of its own from start to end."""
     with run.log_file.open("ab") as log:
-        return subprocess.Popen([sys.executable, *before, str(WORKER), str(run.folder)], stdout=log, stderr=log)
+        done = subprocess.run([sys.executable, str(warm_worker.WORKER), str(run.folder)], stdout=log, stderr=log, check=False)
+    assert done.returncode == 0, run.log_file.read_text()
 
 
 class Training:
@@ -51,12 +53,17 @@ class Training:
         self.run = run
         self.steps: list[int] = []
         self._since = run.follow_metrics()[1]
-        self.worker = start(run, *before)
+        self.worker = warm_worker.start(run.folder, run.log_file, *before)
 
     def look(self) -> list[int]:
         records, self._since = self.run.follow_metrics(self._since)
         self.steps += [record["step"] for record in records]
         return self.steps
+
+
+def exit_code(training: Training) -> int | None:
+    training.worker.join()
+    return training.worker.exitcode
 
 
 def next_step(run: Run) -> int:
@@ -69,19 +76,19 @@ def kill_when_step_is_written(run: Run, step: int, then_seconds: float) -> None:
     training = Training(run)
     try:
         while max(training.look(), default=0) < step:
-            assert training.worker.poll() is None, run.log_file.read_text()
+            assert training.worker.is_alive(), run.log_file.read_text()
             time.sleep(0.005)
         time.sleep(then_seconds)
     finally:
         training.worker.kill()
-    assert training.worker.wait() == -signal.SIGKILL, f"killed after the end, not in training: {training.look()}"
+    assert exit_code(training) == -signal.SIGKILL, f"killed after the end, not in training: {training.look()}"
 
 
 def kill_between_writing_and_rename(run: Run, step: int) -> None:
     while step < next_step(run):  # a kill before this one came so late that the checkpoint is there
         step += EVERY
     training = Training(run, str(KILL_AT_RENAME), f"step-{step:06d}")
-    assert training.worker.wait() == -signal.SIGKILL, run.log_file.read_text()
+    assert exit_code(training) == -signal.SIGKILL, run.log_file.read_text()
     assert training.look(), "it was killed before it trained"
     assert step not in run.checkpoints()
     assert list((run.folder / "checkpoints").glob(f".step-{step:06d}*")), "the checkpoint was written, and not yet renamed"
@@ -90,7 +97,7 @@ def kill_between_writing_and_rename(run: Run, step: int) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_ten_kills_leave_no_trace(tmp_path, optimizer):
     straight = Run.create(job_in(tmp_path / "straight", optimizer))
-    assert start(straight).wait() == 0, straight.log_file.read_text()
+    straight_through(straight)
 
     chance = random.Random(optimizer)
     killed = Run.create(job_in(tmp_path / "killed", optimizer))
@@ -101,7 +108,8 @@ def test_ten_kills_leave_no_trace(tmp_path, optimizer):
             kill_between_writing_and_rename(killed, step)
         else:
             kill_when_step_is_written(killed, step, chance.uniform(0, 0.05))
-    assert start(killed).wait() == 0, killed.log_file.read_text()
+    last = Training(killed)
+    assert exit_code(last) == 0, killed.log_file.read_text()
 
     for step in range(EVERY, STEPS + 1, EVERY):
         expected, found = (lora_path(run, step).read_bytes() for run in (straight, killed))

@@ -328,7 +328,7 @@ class Ltx:
         if given_B is None or noisy_BCFHW.shape[2] == 1:
             return ModelInput(noisy_BCFHW, times_B, extra=extra)
         mask_BCFHW = torch.ones_like(noisy_BCFHW[:, :1])
-        mask_BCFHW[given_B.to(mask_BCFHW.device), :, 0] = 0
+        mask_BCFHW[:, :, 0] = (~given_B).to(mask_BCFHW).view(-1, 1, 1, 1)
         first_BCFHW = conditions.tensors[FIRST_FRAME].to(noisy_BCFHW)
         latents_BCFHW = torch.where(mask_BCFHW.bool(), noisy_BCFHW, first_BCFHW)
         return ModelInput(latents_BCFHW, times_B[:, None] * mask_BCFHW.flatten(1).float(), mask_BCFHW, extra)

@@ -215,7 +215,7 @@ class Wan:
             extra = {IMAGE_EMBEDS: conditions.tensors[IMAGE_EMBEDS]} if kind.image_embedder else {}
             return ModelInput(_beside_noise(noisy_BCFHW, conditions.tensors[FIRST_FRAME_CLIP]), times_B, extra=extra)
         kept_B = conditions.first_frame_B
-        if kind.first_frame_in_place and kept_B is not None and bool(kept_B.any()):
+        if kind.first_frame_in_place and kept_B is not None:
             return _in_place(noisy_BCFHW, times_B, conditions.tensors[FIRST_FRAME], kept_B)
         return ModelInput(noisy_BCFHW, times_B)
 

@@ -1,0 +1,183 @@
+"""A device that is too small: the run goes on with more of the model in host memory, and learns what it would have learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_families
+import torch
+from tiny_families import tiny_job_of
+
+from trainers import room, trainer
+from trainers.errors import RunError
+from trainers.family import families
+from trainers.offload.placement import place
+from trainers.room import Meter, is_out_of_memory, largest, probe, with_room
+from trainers.run import Run
+from trainers.trainer import train
+from trainers.training import open_training
+
+
+@pytest.fixture
+def wan_run(tmp_path, monkeypatch):
+    shallow = tiny_families.tiny_config
+    monkeypatch.setattr(tiny_families, "tiny_config", lambda family, variant: {**shallow(family, variant), "num_layers": 6})
+    family = families()["wan"]
+
+    def make(name: str, **fields) -> Run:
+        # all Linears can be streamed, as they are on a card
+        fields = {"memory": {"stream": "always"}, "steps": 3, **fields}
+        return Run.create(tiny_job_of(tmp_path / name, family, family.variants[0], **fields))
+
+    return make
+
+
+def roomy(training):
+    """As on a large card: everything stays."""
+    first = training.learners[0].residency
+    training.rearrange(dataclasses.replace(first.arrangement, weights_bytes=None))
+    return first
+
+
+def loras(run: Run) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((run.folder.parent.parent / "loras").rglob("*.safetensors"))]
+
+
+class SmallDevice:
+    """Raises PyTorch's error within the backward pass of a step while more than so many bytes of blocks are on the device."""
+
+    def __init__(self, monkeypatch, at_step: int, room_for_bytes: int) -> None:
+        self.failed = 0
+        opened, loss_of = trainer.open_training, trainer.batch_loss
+
+        def open_roomy(run):
+            self.training = opened(run)
+            roomy(self.training)
+            return self.training
+
+        def loss(*args):
+            found = loss_of(*args)
+            residency = self.training.learners[0].residency
+            held = place(residency.block_bytes, residency.arrangement.weights_bytes).device_bytes
+            if self.training.step == at_step and (held > room_for_bytes or residency.arrangement.activations == "device"):
+                self.failed += 1
+                found.register_hook(_out_of_memory)
+            return found
+
+        monkeypatch.setattr(trainer, "open_training", open_roomy)
+        monkeypatch.setattr(trainer, "batch_loss", loss)
+
+
+def _out_of_memory(gradient):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_run_that_meets_a_full_device_learns_the_same(wan_run, monkeypatch):
+    straight = wan_run("straight")
+    assert train(straight) == "done"
+    small = wan_run("small", accumulation=1)
+    device = SmallDevice(monkeypatch, at_step=2, room_for_bytes=600_000)
+    assert train(small) == "done"
+    assert device.failed >= 2
+    assert loras(small) == loras(straight) != []
+    told = [event["message"] for event in small.read_events() if event["event"] == "memory"]
+    assert len(told) == device.failed
+    assert "the device was full at step 2: all blocks stay on the device, their inputs wait in host memory" in told[0]
+    assert "of 6 blocks stay on the device" in told[-1]
+    steps = [line["step"] for line in small.read_metrics()]
+    assert steps == [1, 2, 3]
+
+
+def test_when_nothing_is_left_the_run_says_so(wan_run, monkeypatch):
+    run = wan_run("tiny device")
+    SmallDevice(monkeypatch, at_step=2, room_for_bytes=0)
+    with pytest.raises(RunError, match="no memory for step 2") as caught:
+        train(run)
+    assert "memory.quantise" in str(caught.value)
+
+
+def test_other_errors_are_not_swallowed(wan_run):
+    training = open_training(wan_run("other"))
+
+    def fails():
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        with_room(training, fails)
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_a_full_device_says(error, full):
+    assert is_out_of_memory(error) is full
+
+
+def test_the_errors_tensors_are_free_before_the_step_is_done_again(wan_run, monkeypatch):
+    """What the failed attempt held must not be held by its traceback while room is made."""
+    import weakref
+
+    training, seen = open_training(wan_run("refs")), []
+    roomy(training)
+
+    def attempt():
+        tensor = torch.zeros(1000)
+        if not seen:
+            seen.append(weakref.ref(tensor))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    made = room._make_room
+    monkeypatch.setattr(room, "_make_room", lambda training: seen.append(seen[0]() is None) or made(training))
+    assert with_room(training, attempt) == "done"
+    assert seen[1] is True
+
+
+def metered(training, fixed_bytes: int) -> Meter:
+    residency = training.learners[0].residency
+    return Meter(lambda: None, lambda: fixed_bytes + residency.placement.device_bytes)
+
+
+@pytest.mark.parametrize("surprise", [0.5, 1.0, 1.6])
+def test_the_probe_corrects_the_plan(wan_run, surprise):
+    """Whatever the plan took the rest for, afterwards the budget is used to within a block, and kept."""
+    run = wan_run("probed")
+    training = open_training(run)
+    residency = training.learners[0].residency
+    block, planned_rest = max(residency.block_bytes), 1_000_000
+    budget = planned_rest + 4 * block
+    training.rearrange(dataclasses.replace(residency.arrangement, weights_bytes=budget - planned_rest))
+    meter = metered(training, int(surprise * planned_rest))
+    probe(training, budget, meter)
+    peak = meter.peak_bytes()
+    everything = len(residency.placement.resident) == 6
+    assert peak <= budget
+    assert everything or peak > budget * 0.97 - 2 * block
+    (event,) = [event for event in run.read_events() if event["event"] == "memory"]
+    assert "the largest sample takes" in event["message"]
+    assert all(parameter.grad is None for parameter in training.learners[0].parameters)
+
+
+def test_the_probe_changes_nothing_that_is_learnt(wan_run, monkeypatch):
+    straight, probed = wan_run("straight"), wan_run("probed")
+    train(straight)
+    monkeypatch.setattr(room, "meter_of", lambda device: Meter(lambda: None, lambda: 10**6))
+    train(probed)
+    assert loras(probed) == loras(straight) != []
+    assert any(event["event"] == "memory" for event in probed.read_events())
+
+
+def test_the_largest_sample(wan_run):
+    training = open_training(wan_run("largest"))
+    micro = largest(training)
+    assert len(micro.clips) == training.job.batch_size
+    lengths = [training.encoded.cache.text_length(item.text) for item in training.samples.items]
+    assert [lengths[clip] for clip in micro.clips] == sorted(lengths, reverse=True)[:2]

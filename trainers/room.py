@@ -1,0 +1,164 @@
+"""Room on the device: the largest sample is tried before the first step, and a step for which there is none is done again with less.
+
+A step is a function of (job, data, number of the step), and what it changes it changes last, so doing it again is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from .errors import RunError
+from .flow import derived_seed
+from .offload.arrangement import Arrangement
+from .offload.placement import place
+from .predict import batch_loss
+from .residency import tighter
+
+if TYPE_CHECKING:
+    from .data.order import MicroBatch
+    from .training import Training
+
+Result = TypeVar("Result")
+
+_GIB = 2**30
+_MARGIN = 0.03
+"""Of the budget: what is left free after the probe, for longer captions and the allocator's changing fragments."""
+
+_LOOKED_AT = 1000
+"""Clips whose captions are measured: the data set may have many thousands."""
+
+_TOLD_BY_LIBRARIES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory is used up: PyTorch's own, or a library's that allocates by itself."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(told in str(error) for told in _TOLD_BY_LIBRARIES)
+
+
+def with_room(training: Training, work: Callable[[], Result]) -> Result:
+    """What `work` returns: done again, with less of the model on the device, as often as the device has no room for it.
+
+    `work` must leave nothing behind when it is broken off but gradients, which are dropped. Raises RunError when the least
+    there is does not fit.
+    """
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the except clause: until its end the error holds the tensors of the frames that it came through.
+        _make_room(training)
+
+
+def _make_room(training: Training) -> None:
+    _drop_gradients(training)
+    learner = training.learners[0]
+    arrangement = tighter(learner.residency.arrangement, learner.residency.block_bytes)
+    if training.job.lora.dora and arrangement is not None and arrangement.weights_bytes is not None:
+        arrangement = None
+    if arrangement is None:
+        raise RunError(
+            f"the device has no memory for step {training.step}, and nothing is left that could wait elsewhere. "
+            f"The checkpoints are kept; use smaller or shorter clips, a smaller batch_size, memory.quantise, or a larger card."
+        )
+    training.rearrange(arrangement)
+    training.run.event(
+        "memory", step=training.step, message=f"the device was full at step {training.step}: {told(training)}; the step is done again"
+    )
+
+
+def told(training: Training) -> str:
+    """How the blocks are kept now, in words."""
+    residency = training.learners[0].residency
+    arrangement, placement = residency.arrangement, residency.placement
+    blocks = len(residency.block_bytes)
+    words = [f"{len(placement.resident)} of {blocks} blocks stay on the device" if placement.streamed else "all blocks stay on the device"]
+    if arrangement.activations == "host":
+        words.append("their inputs wait in host memory")
+    if arrangement.chunks > 1:
+        words.append(f"feed-forwards run in {arrangement.chunks} parts")
+    return ", ".join(words)
+
+
+def _drop_gradients(training: Training) -> None:
+    for learner in training.trained:
+        learner.optimizer.zero_grad(set_to_none=True)
+    if training.device.type == "cuda":
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(training.device)
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What the device's memory was used for: for tests, another than the card's own."""
+
+    start: Callable[[], None]
+    peak_bytes: Callable[[], int]
+
+
+def meter_of(device: torch.device) -> Meter | None:
+    """The card's own; None for a device that counts nothing."""
+    if device.type != "cuda":
+        return None
+    return Meter(lambda: torch.cuda.reset_peak_memory_stats(device), lambda: torch.cuda.max_memory_reserved(device))
+
+
+def probe(training: Training, budget_bytes: int | None, meter: Meter | None = None) -> None:
+    """Runs the largest sample forward and back, without learning from it, and corrects how much of the model stays on the device.
+
+    Nothing of the training changes by it: gradients are dropped, and every step seeds its draws anew.
+    """
+    meter = meter or meter_of(training.device)
+    if meter is None:
+        return
+    meter.start()
+    with_room(training, lambda: _try_largest(training))
+    _drop_gradients(training)
+    residency, peak = training.learners[0].residency, meter.peak_bytes()
+    if budget_bytes is not None and (corrected := _corrected(residency.arrangement, residency.block_bytes, budget_bytes, peak)):
+        training.rearrange(corrected)
+    limit = f" of {budget_bytes / _GIB:.1f}" if budget_bytes is not None else ""
+    training.run.event("memory", step=training.step, message=f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}")
+
+
+def _corrected(arrangement: Arrangement, block_bytes: list[int], budget_bytes: int, peak_bytes: int) -> Arrangement | None:
+    """More or fewer blocks on the device for what the plan had wrong; None: it was right to within a block.
+
+    Where all blocks stay there is nothing to gain, and a full device shows itself.
+    """
+    if arrangement.weights_bytes is None:
+        return None
+    free = int(budget_bytes * (1 - _MARGIN)) - peak_bytes
+    now = place(block_bytes, arrangement.weights_bytes).device_bytes
+    if -min(block_bytes) < free < max(block_bytes):
+        return None
+    return replace(arrangement, weights_bytes=max(now + free, 0))
+
+
+def _try_largest(training: Training) -> None:
+    learner, _ = training.take_turn(max(training.step, 1))
+    torch.manual_seed(derived_seed(training.job.seed, "probe"))
+    batch = training.samples.batch(max(training.step, 1), largest(training), learner.sigmas).to(training.device)
+    loss = batch_loss(training.family, training.variant, learner.transformer, batch)
+    training.accelerator.backward(loss)
+
+
+def largest(training: Training) -> MicroBatch:
+    """The largest micro-batch there is: of the bucket of most tokens, with the longest captions."""
+    from .data.order import MicroBatch
+
+    items, encoded = training.samples.items, training.encoded
+    spec = training.family.latent(training.variant)
+    most = max(spec.tokens(item.num_frames, item.height, item.width) for item in items)
+    clips = [index for index, item in enumerate(items) if spec.tokens(item.num_frames, item.height, item.width) == most]
+    clips = sorted(clips[:_LOOKED_AT], key=lambda index: encoded.cache.text_length(items[index].text), reverse=True)
+    return MicroBatch(tuple(clips[: training.job.batch_size]), 0, 0)
