@@ -116,6 +116,7 @@ class WaitForRun(io.ComfyNode):
     @classmethod
     def execute(cls, run: RunFolder) -> io.NodeOutput:
         opened = Run.open(Path(run.folder))
+        check_trains_lora(opened)
         status = _wait(opened)
         if status.state != "done":
             raise RunError(_why_not_done(opened, status))
@@ -135,12 +136,20 @@ class WaitForRun(io.ComfyNode):
 
 def newest_lora(run: Run) -> Path:
     """The LoRA file of the run's last step, of two experts the high-noise one. Raises RunError when there is none."""
+    check_trains_lora(run)
     folder = Path(run.job.loras_folder) / run.name
     files = list(folder.glob(f"{run.name}-*.safetensors"))
     if not files:
         every = run.job.checkpoints.every_steps
         raise RunError(f"{run.name} has no LoRA in {folder}; one is written every {every} steps. Wait for the first, or choose a file.")
     return max(files, key=lambda file: (int(file.stem.rpartition("-")[2]), "-high-" in file.name))
+
+
+def check_trains_lora(run: Run) -> None:
+    """Raises RunError for a run of the command line that trains all weights: what it writes are models."""
+    if run.job.method != "lora":
+        where = run.job.output_folder / run.name
+        raise RunError(f"{run.name} trains a whole model, no LoRA; it is used with Load Diffusion Model. Its files are in {where}.")
 
 
 def _split_settings() -> tuple[list[Any], list[Any]]:

@@ -232,11 +232,13 @@ class Job(_Spec):
     """Where the run's folder is made."""
     loras_folder: str = "output/loras"
     """Where `<name>/<name>-000500.safetensors` is written."""
+    models_folder: str | None = None
+    """With method "full": where `<name>/<name>-000500.safetensors` is written, a whole model; None: `models` beside `loras_folder`."""
     trigger_words: tuple[str, ...] = ()
     """Written into the LoRA's metadata."""
 
     method: Literal["lora", "full"] = "lora"
-    """What is trained: a LoRA, or all weights of a small model (written as a native checkpoint)."""
+    """What is trained: a LoRA, or all weights of a model of up to 3 billion (written as a model file with native names)."""
     steps: PositiveInt | None = None
     """Optimizer steps; give this or `epochs`."""
     epochs: PositiveInt | None = None
@@ -288,6 +290,13 @@ class Job(_Spec):
             raise ValueError(f"name is {name!r}; Windows cannot have a folder of that name")
         return name
 
+    @property
+    def output_folder(self) -> Path:
+        """Where the run's folder of LoRA or model files is made: no list of LoRAs ever shows a whole model."""
+        if self.method == "lora":
+            return Path(self.loras_folder)
+        return Path(self.models_folder) if self.models_folder else Path(self.loras_folder).with_name("models")
+
     def with_absolute_paths(self, folder: Path) -> Job:
         """The same job with every relative path starting at `folder`."""
 
@@ -302,7 +311,7 @@ class Job(_Spec):
         start = self.start.model_copy(update={"initial_lora": absolute(self.start.initial_lora), "extends": extends})
         images = tuple((absolute(path) or "") if path else "" for path in self.previews.images)
         previews = self.previews.model_copy(update={"clip_folder": absolute(self.previews.clip_folder), "images": images})
-        paths = {field: absolute(getattr(self, field)) for field in ("encoded", "runs_folder", "loras_folder")}
+        paths = {field: absolute(getattr(self, field)) for field in ("encoded", "runs_folder", "loras_folder", "models_folder")}
         return self.model_copy(update={"base": base, "start": start, "previews": previews, **paths})
 
     def canonical_json(self) -> str:
@@ -311,7 +320,7 @@ class Job(_Spec):
 
     def hash(self) -> str:
         """Hash of what is trained: folders, the run's name and where the output goes do not count."""
-        content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder", "encoded"})
+        content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder", "models_folder", "encoded"})
         for (*tables, field), unset in _LATER.items():
             table = content[tables[0]] if tables else content
             if table[field] == unset:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from .keytable import KeyTable, Place
 from .offload.linear import FrozenLinear
 from .offload.packing import dequantise
 from .quantisation import FP8_DTYPES
+from .quantise import Quantise, quantised
 
 
 def load_transformer(
@@ -30,16 +31,18 @@ def load_transformer(
     keep_stored: bool | None = None,
     resident: bool = True,
     all_frozen: bool = False,
+    quantise: Quantise = "none",
 ) -> nn.Module:
     """The frozen transformer, in eval mode, computing in `dtype`.
 
     What its class wants in float32 is float32. Linears in the blocks that are stored in another dtype become
     FrozenLinear, as they are stored; `keep_stored` False: dense in `dtype`; None: fp8 is kept, on a card also 16 bit
-    (never what is larger than `dtype`). `all_frozen`: the dense ones become FrozenLinear too, so that every weight of a
-    block can be bound and streamed. `resident` False: for `device`, but still on the CPU.
+    (never what is larger than `dtype`). `quantise`: they are quantised instead, one after the other, where `device` is (fp8
+    stays what it is with "fp8", and becomes nf4 with "nf4"). `all_frozen`: the dense ones become FrozenLinear too, so that
+    every weight of a block can be bound and streamed. `resident` False: for `device`, but still on the CPU.
 
     Tensors that need no change of dtype or device are mapped from the file
-    read-only: clone them before writing.
+    read-only: clone them before writing. On the meta device nothing is read, and Linears are kept as for a card.
 
     Raises CheckpointError when a tensor is missing, unexpected or of another shape than the model's.
     """
@@ -47,20 +50,27 @@ def load_transformer(
     module = family.build(detection.config).requires_grad_(False).eval()
     place = device if resident else torch.device("cpu")
     source = _Source(checkpoint, _places(checkpoint, family.keys, module), place)
-    linears = list(_block_linears(module, family))
-    kept = {name for name in linears if _is_kept(source, name, device, dtype, keep_stored)}
     float32_parts = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+
+    def dense(name: str) -> torch.Tensor:
+        return source.dense(name, dtype if float32_parts.isdisjoint(name.split(".")) else torch.float32)
+
     state: dict[str, torch.Tensor] = {}
-    for name in module.state_dict():
-        in_float32 = not float32_parts.isdisjoint(name.split("."))
-        stored = name.endswith(".weight") and name.removesuffix(".weight") in kept
-        state[name] = source.stored(name) if stored else source.dense(name, torch.float32 if in_float32 else dtype)
-    for name in linears if all_frozen else kept:
-        scale = source.scale(f"{name}.weight") if name in kept else None
-        frozen = FrozenLinear(state[f"{name}.weight"], state.get(f"{name}.bias"), scale)
+    for name, linear in list(_block_linears(module, family)):
+        bias = None if linear.bias is None else dense(f"{name}.bias")
+        if quantise == "nf4" or (quantise == "fp8" and source.dtype(f"{name}.weight") not in FP8_DTYPES):
+            weight = replace(source, device=device).dense(f"{name}.weight", torch.float32)
+            frozen = quantised(weight, bias, quantise, place)
+        elif _is_kept(source, name, device, dtype, keep_stored):
+            frozen = FrozenLinear(source.stored(f"{name}.weight"), bias, source.scale(f"{name}.weight"))
+        elif all_frozen:
+            frozen = FrozenLinear(dense(f"{name}.weight"), bias)
+        else:
+            continue
+        state |= {f"{name}.{key}": tensor for key, tensor in frozen.state_dict().items()}
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, frozen.eval())
-    return _filled(module, state, place)
+    return _filled(module, state | {name: dense(name) for name in module.state_dict() if name not in state}, place)
 
 
 def load_vae(checkpoint: Checkpoint, detection: VaeDetection, device: torch.device | str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -138,6 +148,10 @@ class _Source:
         place = self.places[name]
         return place.cut(self.checkpoint.tensor(place.name)).to(self.device)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What the tensor is stored in."""
+        return self.checkpoint.tensors[self.places[name].name].dtype
+
     def scale(self, name: str) -> torch.Tensor | None:
         """What the stored tensor is to be multiplied with."""
         place = self.places[name]
@@ -179,16 +193,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _block_linears(module: nn.Module, family: Family) -> Iterable[str]:
-    """Names of the Linears in the family's blocks: elsewhere the model's class looks at the dtype of weights."""
+def _block_linears(module: nn.Module, family: Family) -> Iterable[tuple[str, nn.Linear]]:
+    """By name, the Linears in the family's blocks: elsewhere the model's class looks at the dtype of weights."""
     starts = tuple(f"{block}." for block in family.blocks)
-    return (name for name, child in module.named_modules() if name.startswith(starts) and type(child) is nn.Linear)
+    return ((name, child) for name, child in module.named_modules() if name.startswith(starts) and type(child) is nn.Linear)
 
 
 def _is_kept(source: _Source, linear: str, device: torch.device, dtype: torch.dtype, keep_stored: bool | None) -> bool:
     """Whether a Linear stays as it is stored."""
-    place = source.places[f"{linear}.weight"]
-    stored = source.checkpoint.tensors[place.name].dtype
+    stored = source.dtype(f"{linear}.weight")
     if stored == dtype and source.scale(f"{linear}.weight") is None:
         return False
     if keep_stored is None:
@@ -200,5 +213,6 @@ def _filled(module: nn.Module, state: Mapping[str, torch.Tensor], device: torch.
     """The module with the tensors themselves as its parameters. Buffers that no file stores are moved to the device."""
     module.load_state_dict(dict(state), strict=True, assign=True)
     module.to(device)
-    assert not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())), "a tensor was not filled"
+    missing = any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
+    assert device.type == "meta" or not missing, "a tensor was not filled"
     return module

@@ -26,7 +26,7 @@ from .family import Family, LoraTargets
 from .job import LoraSpec
 from .keytable import Fuse, KeyTable
 from .lora_keys import listed
-from .masters import Magnitude, MasterLinear
+from .masters import Branch, Magnitude, MasterLinear
 from .offload.linear import FrozenLinear
 
 if TYPE_CHECKING:
@@ -190,23 +190,26 @@ def _make_masters(layer: Any, name: str, rank: int, seed: int, device: torch.dev
     """Replace peft's factors by float32 masters."""
     base_device = layer.get_base_layer().weight.device
     device = device or (torch.device("cpu") if base_device.type == "meta" else base_device)
-    down = MasterLinear(_initial_down(name, rank, layer.in_features, seed).to(device))
+    down = MasterLinear(_initial_down(name, rank, layer.in_features, seed, device))
     up = MasterLinear(torch.zeros(layer.out_features, rank, device=device))
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = down, up
     layer.cast_input_dtype_enabled = False
     if not layer.lora_magnitude_vector:
+        layer.lora_variant[ADAPTER] = Branch
         return [down.weight, up.weight]
     lengths_O = layer.get_base_layer().weight.detach().float().norm(dim=1).to(device)
     layer.lora_magnitude_vector[ADAPTER] = magnitude = Magnitude(lengths_O)
     return [down.weight, up.weight, magnitude.weight]
 
 
-def _initial_down(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor:
+def _initial_down(name: str, rank: int, in_features: int, seed: int, device: torch.device) -> torch.Tensor:
     """A (R, I) as in LoRA (arXiv 2106.09685) and its reference code: Kaiming uniform with a = sqrt(5)."""
+    if device.type == "meta":
+        return torch.empty(rank, in_features, device=device)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator).to(device)
 
 
 def _factor(layer: Any, letter: str) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself, for programs that manage LoRAs and for people.
+"""What a LoRA or model file says about itself, for programs that manage such files and for people.
 
 Nothing here depends on when, where or by whom it was trained, so equal training is an equal file. The `modelspec.*` fields
 follow https://github.com/Stability-AI/ModelSpec, the `ss_*` fields are those of kohya's trainers that LoRA managers read.
@@ -29,7 +29,7 @@ def lora_metadata(
     expert: str = "",
 ) -> dict[str, str]:
     """The metadata of a LoRA file. `base` may be a path: only its last part is written; `alpha` None: `rank`."""
-    base_name = re.split(r"[\\/]", base.rstrip("\\/"))[-1]
+    base_name = _last_part(base)
     scale = str(float(rank if alpha is None else alpha))
     found = {
         f"{OURS}family": family.id,
@@ -57,3 +57,28 @@ def lora_metadata(
         found["modelspec.trigger_phrase"] = ", ".join(trigger_words)
         found["ss_tag_frequency"] = json.dumps({name: dict.fromkeys(trigger_words, 1)}, ensure_ascii=False)
     return found
+
+
+def model_metadata(
+    *, name: str, family: Family, variant: Variant, base: str, step: int, trigger_words: Sequence[str] = (), job_hash: str = ""
+) -> dict[str, str]:
+    """The metadata of a model all of whose weights were trained. `base` may be a path: only its last part is written."""
+    found = {
+        f"{OURS}family": family.id,
+        f"{OURS}variant": variant.id,
+        f"{OURS}base": _last_part(base),
+        f"{OURS}step": str(step),
+        f"{OURS}job": job_hash,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": variant.id,
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": name,
+    }
+    if trigger_words:
+        found[f"{OURS}trigger_words"] = json.dumps(list(trigger_words), ensure_ascii=False)
+        found["modelspec.trigger_phrase"] = ", ".join(trigger_words)
+    return found
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]

@@ -24,12 +24,33 @@ class MasterLinear(nn.Linear):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(weight)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
+    def forward(self, input: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """`input` through `scale` times the weight, which is small: that spares a pass over the output."""
+        weight = self.weight if scale == 1.0 else self.weight * scale
+        return F.linear(input, weight.to(input.dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MasterLinear:
         super()._apply(_only_moving(fn), recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class Branch:
+    """What an adapter adds to its Linear, in the terms of peft, which calls it a variant of LoRA.
+
+    peft's plain LoRA multiplies what is added by the scale and makes a new output of it: two more passes over activations,
+    and a third tensor of their size. At scale 1 the numbers are the same, bit for bit.
+    """
+
+    @staticmethod
+    def forward(module: Any, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
+        """`result` of the base and what the adapter adds, summed where the latter lies (a Linear needs its output for nothing)."""
+        down, up, dropout = (parts[active_adapter] for parts in (module.lora_A, module.lora_B, module.lora_dropout))
+        added: torch.Tensor = up(down(dropout(x)), module.scaling[active_adapter])
+        return added.add_(result)
+
+    @staticmethod
+    def supports_lora_conversion() -> bool:
+        return True
 
 
 class Magnitude(nn.Module):

@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 
-from .errors import MissingPackage
-from .job import OptimizerSpec
+from .errors import JobError, MissingPackage, Problem
+from .job import Job, OptimizerSpec
+
+_HOW = ("fused", "foreach")
+"""What param groups say of how a step is computed, not of where it stands."""
 
 
 def build_optimizer(spec: OptimizerSpec, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a job over float32 parameters. Raises MissingPackage when its library is not installed.
+    """The optimizer of a job over its parameters. Raises MissingPackage when its library is not installed.
 
-    Magnitudes (vectors) do not decay: towards zero they would take the base with them.
+    AdamW on a card is one kernel for all parameters, without temporaries. Kahan summation (adamw_kahan) keeps what rounding
+    takes from weights in bf16; over float32 it is plain AdamW. Magnitudes (vectors) do not decay: towards zero they would
+    take the base with them.
     """
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
     groups: Any = parameters
@@ -23,7 +28,14 @@ def build_optimizer(spec: OptimizerSpec, parameters: Sequence[torch.nn.Parameter
         groups = [{"params": [parameter for parameter in parameters if parameter.ndim != 1]}, {"params": vectors, "weight_decay": 0.0}]
     settings = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon, "weight_decay": spec.weight_decay}
     if spec.kind == "adamw":
-        return torch.optim.AdamW(groups, **settings)  # type: ignore[arg-type]
+        on_card = all(parameter.is_cuda for parameter in parameters)
+        return torch.optim.AdamW(groups, **settings, fused=True if on_card else None)  # type: ignore[arg-type]
+    if spec.kind == "adamw_kahan":
+        try:
+            from optimi import AdamW
+        except ImportError as error:
+            raise _missing("adamw_kahan", "torch-optimi", error) from error
+        return _typed(AdamW(groups, **settings, kahan_sum=True))
     if spec.kind == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
@@ -37,9 +49,19 @@ def build_optimizer(spec: OptimizerSpec, parameters: Sequence[torch.nn.Parameter
     return _typed(Prodigy(groups, **settings, safeguard_warmup=spec.warmup_steps > 0, use_bias_correction=True))
 
 
-def check_installed(spec: OptimizerSpec) -> None:
-    """Raises MissingPackage when the optimizer's library is not installed; nothing is built."""
-    build_optimizer(spec, [torch.nn.Parameter(torch.zeros(1, 1))])
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Goes on from a saved state, computing steps as the optimizer does here: the state may come from another device."""
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [saved | {name: now[name] for name in _HOW if name in now} for saved, now in pairs]
+    optimizer.load_state_dict(state | {"param_groups": groups})
+
+
+def check_optimizer(job: Job) -> None:
+    """Raises MissingPackage when the optimizer's library is not installed, JobError when it has no use; nothing is built."""
+    if job.optimizer.kind == "adamw_kahan" and job.method == "lora":
+        rule = "a LoRA's weights are kept in float32, where Kahan summation has nothing to keep"
+        raise JobError(Problem("optimizer.kind is 'adamw_kahan', method is 'lora'", rule, 'Use "adamw", or method "full".'))
+    build_optimizer(job.optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
 
 
 def learning_rate_factor(spec: OptimizerSpec, step: int, total_steps: int) -> float:

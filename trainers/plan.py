@@ -6,16 +6,23 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
+from .device import DTYPES, pick_device, pick_precision
 from .errors import DatasetError
 from .experts import experts_of
-from .family import Family, Variant, detect
+from .family import Detection, Family, Variant, detect
+from .full import full_lines
 from .job import Job
+from .job_memory import plan_memory
+from .machine import Machine
+from .memory_plan import MemoryPlan
+from .memory_report import as_values, report
 from .preflight import check
 from .run import run_of
 
@@ -25,7 +32,12 @@ Bucket = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job would train. `buckets` counts the training clips of a size, `tokens` is what the transformer sees of one."""
+    """What a job would train. `buckets` counts the training clips of a size, `tokens` is what the transformer sees of one.
+
+    `adapters` and `parameters` are those of one of the `loras` (one for each expert); where all weights are trained `adapters`
+    is 0. `base_bytes` are those of the transformer as its file stores it. `mean_share` is how long a step is on average, of
+    one with the largest clips. `memory` None: it was not planned (all weights of a model are trained).
+    """
 
     job: Job
     family: Family
@@ -38,16 +50,44 @@ class Plan:
     steps_per_epoch: float
     adapters: int
     parameters: int
+    base_bytes: int
+    loras: int = 1
+    memory: MemoryPlan | None = None
+    mean_share: float = 1.0
 
     @property
     def lora_bytes(self) -> int:
         """Size of a LoRA file, which holds float32, without its header."""
         return 4 * self.parameters
 
+    @property
+    def run_seconds(self) -> float | None:
+        """How long the whole run is; None where memory was not planned."""
+        return None if self.memory is None else self.steps * self.mean_share * self.memory.price.step_seconds
+
+    def as_values(self) -> dict[str, Any]:
+        """As plain values, for other programs."""
+        return {
+            "name": self.job.name,
+            "variant": self.variant.id,
+            "clips": self.clips,
+            "held_out": self.held_out,
+            "buckets": [
+                {"frames": size[0], "height": size[1], "width": size[2], "clips": count, "tokens": self.tokens[size]}
+                for size, count in sorted(self.buckets.items(), reverse=True)
+            ],
+            "steps": self.steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "loras": self.loras,
+            "adapters": self.adapters,
+            "parameters": self.parameters,
+            "memory": as_values(self.memory, self.run_seconds or 0.0) if self.memory else None,
+        }
+
     def __str__(self) -> str:
-        job, lora = self.job, self.job.lora
+        job = self.job
         lines = [
-            f"{job.name}: a LoRA for {self.variant.title} ({self.variant.id})",
+            f"{job.name}: {'all weights of' if job.method == 'full' else 'a LoRA for'} {self.variant.title} ({self.variant.id})",
             f"data     {self.clips} clips, {self.held_out} held out, from {job.encoded}",
             *(
                 f"         {count} x {width}x{height}, {frames} frames: {self.tokens[frames, height, width]} tokens each"
@@ -56,12 +96,23 @@ class Plan:
             f"steps    {self.steps} of {job.batch_size * job.accumulation} clips; {self.steps_per_epoch:.1f} are an epoch",
             *self._expert_lines(),
             *self._start_lines(),
-            f"{'DoRA' if lora.dora else 'LoRA'}     rank {lora.rank} on {self.adapters} layers ({lora.targets.replace('_', ' ')}): "
-            f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB",
+            *(full_lines(job, self.parameters, self.base_bytes, self.steps) if job.method == "full" else self._lora_lines()),
             f"learning {job.optimizer.kind}, rate {job.optimizer.learning_rate:g}, {job.optimizer.schedule}",
-            f"output   {Path(job.loras_folder) / job.name}",
+            f"output   {job.output_folder / job.name}",
+            *(f"{'' if index else 'memory':<8} {line}" for index, line in enumerate(self._memory_lines())),
         ]
         return "\n".join(lines)
+
+    def _lora_lines(self) -> list[str]:
+        lora = self.job.lora
+        return [
+            f"{'DoRA' if lora.dora else 'LoRA'}     rank {lora.rank} on {self.adapters} layers ({lora.targets.replace('_', ' ')}): "
+            f"{self.parameters / 1e6:.2f} million parameters, {self.lora_bytes / 2**20:.1f} MiB"
+            f"{' for each expert' if self.loras > 1 else ''}",
+        ]
+
+    def _memory_lines(self) -> list[str]:
+        return report(self.memory, self.run_seconds or 0.0) if self.memory else []
 
     def _expert_lines(self) -> list[str]:
         experts = [expert for expert in experts_of(self.job, self.variant) if expert.name]
@@ -103,15 +154,18 @@ def hand_over(job: Job) -> Job:
     return job
 
 
-def make_plan(job: Job) -> Plan:
-    """What the job would train. Raises JobError with every problem."""
-    check(job)
-    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+def make_plan(job: Job, machine: Machine | None = None) -> Plan:
+    """What the job would train, on this machine or on another one. Raises JobError with every problem."""
+    check(job if machine is None else job.model_copy(update={"device": "auto", "precision": "auto"}))
+    base = Checkpoint.open(job.base.transformer)
+    detection = detect(base, job.base.variant)
     encoded = Encoded.open(Path(job.encoded))
+    device = pick_device(job) if machine is None else torch.device(machine.device)
+    dtype = DTYPES[pick_precision(job, device) if machine is None else _precision_on(machine, job)]
     samples = Samples.of(job, detection.family, detection.variant, encoded, 1, torch.device("cpu"), torch.float32)
     spec = detection.family.latent(detection.variant)
     buckets = Counter((item.num_frames, item.height, item.width) for item in samples.items)
-    adapters, parameters = _adapters(job, detection.family, detection.config)
+    memory = plan_memory(job, detection, samples, device, dtype, machine) if job.method == "lora" else None
     return Plan(
         job=job,
         family=detection.family,
@@ -122,15 +176,26 @@ def make_plan(job: Job) -> Plan:
         tokens={bucket: spec.tokens(*bucket) for bucket in buckets},
         steps=samples.total_steps,
         steps_per_epoch=samples.order.micro_per_epoch / samples.order.micro_per_step,
-        adapters=adapters,
-        parameters=parameters,
+        adapters=memory.model.adapters if memory else 0,
+        parameters=memory.model.parameters if memory else _all_parameters(detection),
+        base_bytes=base.nbytes,
+        loras=memory.model.trained if memory else 0,
+        memory=memory,
+        mean_share=_mean_share(detection, buckets),
     )
 
 
-def _adapters(job: Job, family: Family, config: Mapping[str, object]) -> tuple[int, int]:
-    """How many layers get an adapter, and how many parameters these have together; the base itself takes no memory."""
-    from .lora import inject
+def _all_parameters(detection: Detection) -> int:
+    return sum(parameter.numel() for parameter in detection.family.build(detection.config).parameters())
 
-    transformer = family.build(config)
-    parameters = inject(transformer, family, job.lora, job.seed, device=torch.device("meta"))
-    return len(parameters) // (3 if job.lora.dora else 2), sum(parameter.numel() for parameter in parameters)
+
+def _precision_on(machine: Machine, job: Job) -> str:
+    """As `pick_precision`, on a machine that is not this one."""
+    return job.precision if job.precision != "auto" else "bf16" if machine.bf16 else "fp16"
+
+
+def _mean_share(detection: Detection, buckets: Mapping[Bucket, int]) -> float:
+    """What a clip costs on average, of the most expensive one."""
+    family, spec = detection.family, detection.family.latent(detection.variant)
+    costs = {bucket: family.cost(detection.config, spec.shape(*bucket), 256) for bucket in buckets}
+    return sum(costs[bucket] * count for bucket, count in buckets.items()) / sum(buckets.values()) / max(costs.values())

@@ -8,17 +8,23 @@ from contextlib import suppress
 from pathlib import Path
 
 from .adherence import find_clip_problems
+from .attention import check_attention
+from .batches import Samples
 from .checkpoint import Checkpoint
 from .condition_problems import clip_problems, condition_problems, preview_problems
 from .data.encoded import Encoded
-from .device import pick_device
+from .device import DTYPES, pick_device, pick_precision
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
 from .even_blocks import block_problem
 from .family import Detection, Family, detect, detect_vae, family_of
+from .full import full_problems
 from .job import Job, LoraSpec
+from .job_memory import plan_memory
 from .lora import dora_problem
 from .lora_description import describe
-from .optimizers import check_installed
+from .machine import empty_card
+from .optimizers import check_optimizer
+from .quantise import check_quantiser, quantise_problems
 from .run import Run, find_run
 
 
@@ -27,8 +33,22 @@ def check(job: Job, started: bool = False) -> None:
 
     A run that has `started` goes on from its own checkpoints: what it began with may be gone.
     """
-    if problems := list(find_problems(job, started)):
+    if problems := list(find_problems(job, started)) or list(_memory_problems(job)):
         raise JobError(problems, subject=f"The job {job.name} cannot run")
+
+
+def _memory_problems(job: Job) -> Iterator[Problem]:
+    """Whether a job that is right otherwise fits on its card when nothing else is there. Reads headers, computes nothing."""
+    device = pick_device(job)
+    if device.type != "cuda" or job.method == "full":
+        return
+    dtype, encoded = DTYPES[pick_precision(job, device)], Encoded.open(Path(job.encoded), job.encoded_identity)
+    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    samples = Samples.of(job, detection.family, detection.variant, encoded, 1, device, dtype)
+    try:
+        plan_memory(job, detection, samples, device, dtype, empty_card(device))
+    except JobError as error:
+        yield from error.problems
 
 
 def check_settings(job: Job, started: bool = False) -> None:
@@ -44,7 +64,8 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
     """Each problem of the job. Reads headers, never tensors."""
     detection = encoded = None
     try:
-        detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+        base = Checkpoint.open(job.base.transformer)
+        detection = detect(base, job.base.variant)
     except VideoTrainerError as error:
         yield from _problems("base.transformer", error)
     try:
@@ -52,6 +73,7 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
     except VideoTrainerError as error:
         yield from _problems("encoded", error)
     if detection:
+        yield from full_problems(job, base, detection)
         yield from _dora_problems(job, detection.family)
         yield from condition_problems(job, detection.family, detection.variant)
     yield from _setting_problems(job, started, detection.family if detection else None)
@@ -65,6 +87,8 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
 
 
 def _dora_problems(job: Job, family: Family) -> Iterator[Problem]:
+    if job.method == "full":
+        return  # lora.dora is a problem of its own
     for path in filter(None, (job.base.transformer, job.base.transformer_low_noise)):
         with suppress(VideoTrainerError):
             if problem := dora_problem(Checkpoint.open(path), family, job.lora):
@@ -107,7 +131,13 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
-    checks: list[Callable[[], object]] = [lambda: _check_device(job), lambda: check_installed(job.optimizer)]
+    yield from quantise_problems(job)
+    checks: list[Callable[[], object]] = [
+        lambda: _check_device(job),
+        lambda: check_optimizer(job),
+        lambda: check_attention(job, family),
+        lambda: check_quantiser(job.memory.quantise),
+    ]
     if not started:
         checks.append(lambda: _check_start(job, family))
     for attempt in checks:
@@ -184,7 +214,7 @@ def _check_start(job: Job, family: Family | None) -> None:
     if job.start.extends:
         other, step = extended_run(job)
         problems = [
-            Problem(f"{name} is {mine}, in {other.name} it is {theirs}", "extends goes on exactly", f"Use {theirs}, or start.initial_lora.")
+            Problem(f"{name} is {mine}, in {other.name} it is {theirs}", "extends goes on exactly", f"Use {theirs}, or {_afresh(job)}.")
             for name, mine, theirs in _same_in_both(job, other.job)
             if mine != theirs
         ]
@@ -192,8 +222,13 @@ def _check_start(job: Job, family: Family | None) -> None:
             problems.append(Problem(f"steps is {job.steps}", f"{step} of them are done", f"Use more than {step}."))
         if problems:
             raise JobError(problems)
-    if job.start.initial_lora:
+    if job.start.initial_lora and job.method == "lora":
         _check_initial(job.lora, Path(job.start.initial_lora), family)
+
+
+def _afresh(job: Job) -> str:
+    """How a new run begins with what another one has learnt."""
+    return "start.initial_lora" if job.method == "lora" else "that run's model as base.transformer"
 
 
 def _check_initial(spec: LoraSpec, path: Path, family: Family | None) -> None:
@@ -215,6 +250,8 @@ def _check_initial(spec: LoraSpec, path: Path, family: Family | None) -> None:
 def _same_in_both(job: Job, other: Job) -> list[tuple[str, object, object]]:
     """(name, here, there) of what must not change when a run goes on exactly."""
     return [
+        ("method", job.method, other.method),
+        *([("precision", job.precision, other.precision)] if job.method == "full" else []),
         ("lora.rank", job.lora.rank, other.lora.rank),
         ("lora.alpha", job.lora.alpha, other.lora.alpha),
         ("lora.targets", job.lora.targets, other.lora.targets),
@@ -231,7 +268,7 @@ def _same_in_both(job: Job, other: Job) -> list[tuple[str, object, object]]:
 def extended_run(job: Job) -> tuple[Run, int]:
     """The run and the step that `start.extends` names. Raises JobError when the checkpoint is not there."""
     assert job.start.extends is not None
-    value, remedy = f"start.extends is {job.start.extends!r}", "Use a checkpoint that is there, or start.initial_lora."
+    value, remedy = f"start.extends is {job.start.extends!r}", f"Use a checkpoint that is there, or {_afresh(job)}."
     name, _, step = job.start.extends.rpartition("@")
     if not name or not step.isdigit():
         raise JobError(Problem(value, "it must be RUN@STEP", "Write it as in my-run@500."))

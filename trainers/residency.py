@@ -17,6 +17,7 @@ from .offload.activations import Arena
 from .offload.arrangement import Arrangement
 from .offload.blocks import Blocks
 from .offload.chunks import in_chunks
+from .offload.compiled import compiled
 from .offload.copies import copies_of
 from .offload.layout import BlockLayout, bind, frozen_linears
 from .offload.placement import Placement, place
@@ -46,6 +47,8 @@ class Residency:
         self._layouts = [BlockLayout.of(block) for block in self._modules]
         self._others = list(_others(transformer, self._modules))
         self._blocks = Blocks(self._modules, random=random)
+        if arrangement.compile:
+            self._blocks.run_with([compiled(block) for block in self._modules])
         self._entered = False
         self.arrangement = arrangement
         self._apply()

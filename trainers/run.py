@@ -204,7 +204,7 @@ class Run:
     def tidy(self) -> None:
         """Mend what a killed worker left. For the holder of `lock()`."""
         self._checkpoints.tidy()
-        remove_partial_files(Path(self.job.loras_folder) / self.name)
+        remove_partial_files(self.job.output_folder / self.name)
 
 
 def attach_or_create(job: Job) -> tuple[Run, HowFound]:
@@ -273,7 +273,7 @@ def _take_up(run: Run) -> HowFound:
 
 def _with_free_name(job: Job) -> Job:
     number = 1
-    while any((Path(folder) / _numbered(job.name, number)).exists() for folder in (job.runs_folder, job.loras_folder)):
+    while any((Path(folder) / _numbered(job.name, number)).exists() for folder in (job.runs_folder, job.output_folder)):
         number += 1
     return job.model_copy(update={"name": _numbered(job.name, number)})
 

@@ -1,4 +1,4 @@
-"""Everything a resumed run needs to be the run that was never interrupted: adapter, optimizer, loss scale, step."""
+"""Everything a resumed run needs to be the run that was never interrupted: trained tensors, optimizer, loss scale, step."""
 
 from __future__ import annotations
 
@@ -29,21 +29,16 @@ class Position:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What one expert has learnt: its adapter and the state of its optimizer."""
+    """What one expert has learnt: its tensors, and the state of its optimizer."""
 
-    adapter: Adapter
+    tensors: Mapping[str, torch.Tensor]
     optimizer: dict[str, Any]
 
 
-def save_state(folder: Path, position: Position, learnt: Mapping[str, Learnt], scaler: dict[str, Any] | None) -> None:
-    """Writes a checkpoint's files into an empty folder: for each expert by name `adapter` and `optimizer`."""
+def save_state(folder: Path, position: Position, file: str, learnt: Mapping[str, Learnt], scaler: dict[str, Any] | None) -> None:
+    """Writes a checkpoint's files into an empty folder: for each expert by name its tensors, in `file`, and `optimizer`."""
     for expert, one in learnt.items():
-        parts = [
-            (f"{name}.{part}", tensor)
-            for name, pair in one.adapter.modules.items()
-            for part, tensor in (("A", pair.down_RI), ("B", pair.up_OR), ("magnitude", pair.magnitude))
-        ]
-        save_file({key: tensor for key, tensor in parts if tensor is not None}, folder / f"{_named('adapter', expert)}.safetensors", {})
+        save_file(one.tensors, folder / f"{_named(file, expert)}.safetensors", {})
         torch.save({"optimizer": one.optimizer, "scaler": scaler}, folder / f"{_named('optimizer', expert)}.pt")
     (folder / "position.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=2), "utf-8")
 
@@ -56,9 +51,24 @@ def read_position(folder: Path) -> Position:
     return Position(**values)
 
 
-def read_adapter(folder: Path, alpha: float, expert: str = "") -> Adapter:
-    """The adapter of an expert in a checkpoint, float32."""
-    tensors = load_file(folder / f"{_named('adapter', expert)}.safetensors")
+def read_tensors(folder: Path, file: str, expert: str = "") -> dict[str, torch.Tensor]:
+    """The trained tensors of an expert in a checkpoint, from `file`, on the CPU."""
+    tensors: dict[str, torch.Tensor] = load_file(folder / f"{_named(file, expert)}.safetensors")
+    return tensors
+
+
+def adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """An adapter as a checkpoint holds it."""
+    parts = (
+        (f"{name}.{part}", tensor)
+        for name, pair in adapter.modules.items()
+        for part, tensor in (("A", pair.down_RI), ("B", pair.up_OR), ("magnitude", pair.magnitude))
+    )
+    return {key: tensor for key, tensor in parts if tensor is not None}
+
+
+def adapter_of(tensors: Mapping[str, torch.Tensor], alpha: float) -> Adapter:
+    """The adapter that `adapter_tensors` made these of."""
     names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
     return Adapter(
         {name: LoraPair(tensors[f"{name}.A"], tensors[f"{name}.B"], alpha, tensors.get(f"{name}.magnitude")) for name in names}, {}

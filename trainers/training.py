@@ -9,26 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .adapter import Adapter
+from .attention import use_attention
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
-from .dora import with_lengths
-from .experts import Expert, Turn, expert_at, experts_of, lora_of, turn_of
+from .experts import Expert, Turn, expert_at, experts_of, turn_of
 from .family import Family, Variant, detect
 from .job import Job
 from .load import load_transformer
-from .lora import adapter_state, base_weights, inject, load_adapter_state
-from .lora_format import read_lora, write_lora
-from .lora_metadata import lora_metadata
+from .method import Method, method_of
 from .offload.arrangement import Arrangement
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
 from .residency import Residency
 from .run import Run
-from .state import Learnt, Position, check_position, read_adapter, read_optimizer, read_position, save_state
+from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,6 +56,7 @@ class Training:
     accelerator: Accelerator
     family: Family
     variant: Variant
+    method: Method
     learners: tuple[Learner, ...]
     encoded: Encoded
     samples: Samples
@@ -119,10 +117,12 @@ def open_training(run: Run) -> Training:
     precision = pick_precision(job, device)
     torch.use_deterministic_algorithms(job.deterministic)
     accelerator = _accelerator(run, device, precision)
-    detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    base = Checkpoint.open(job.base.transformer)
+    detection = detect(base, job.base.variant)
+    method = method_of(job, base, detection)
     experts = experts_of(job, detection.variant)
     arrangement = arrangement_of(job)
-    learners = tuple(_learner(expert, job, accelerator, DTYPES[precision], arrangement) for expert in experts)
+    learners = tuple(_learner(expert, job, method, accelerator, DTYPES[precision], arrangement) for expert in experts)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(
         job, detection.family, detection.variant, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision]
@@ -133,6 +133,7 @@ def open_training(run: Run) -> Training:
         accelerator=accelerator,
         family=detection.family,
         variant=detection.variant,
+        method=method,
         learners=learners,
         encoded=encoded,
         samples=samples,
@@ -165,70 +166,52 @@ def _sigmas_at(job: Job, learners: Sequence[Learner], total_steps: int) -> Calla
     return lambda step: trained[turn_of(step, total_steps, job.experts.turn_steps, len(trained)).index].sigmas
 
 
-def _learner(expert: Expert, job: Job, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement) -> Learner:
-    """An expert with its LoRA and optimizer. It waits in host memory for its turn."""
+def _learner(expert: Expert, job: Job, method: Method, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement) -> Learner:
+    """An expert with what is trained of it and its optimizer. It waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
     detection = detect(checkpoint, job.base.variant)
     device = accelerator.device
-    can_stream = not job.lora.dora and (device.type != "cpu" or arrangement.weights_bytes is not None)
-    keep_stored = False if job.lora.dora else None
-    transformer: Any = load_transformer(checkpoint, detection, device, dtype, keep_stored, resident=False, all_frozen=can_stream)
+    can_stream = method.can_stream and (device.type != "cpu" or arrangement.weights_bytes is not None)
+    how, keep_stored = job.memory.quantise, method.keep_stored
+    transformer: Any = load_transformer(
+        checkpoint, detection, device, dtype, keep_stored, resident=False, all_frozen=can_stream, quantise=how
+    )
+    use_attention(transformer, job.speed.attention)
+    parameters = method.inject(transformer, device) if expert.trained else []
     residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0)
     rate = job.optimizer.learning_rate
     if expert.name == "low" and job.experts.learning_rate_low:
         rate = job.experts.learning_rate_low
     if not expert.trained:
-        return Learner(expert, transformer, residency, [], None, rate)
-    parameters = inject(transformer, detection.family, job.lora, job.seed, device=device)
+        return Learner(expert, transformer, residency, parameters, None, rate)
     optimizer = accelerator.prepare_optimizer(build_optimizer(job.optimizer, parameters))
     return Learner(expert, transformer, residency, parameters, optimizer, rate)
 
 
 def save_checkpoint(training: Training) -> None:
-    """Writes the checkpoint of the present step, then its LoRA files, and drops the oldest checkpoints."""
-    run, step, scaler = training.run, training.step, training.accelerator.scaler
-    adapters = {learner.expert: adapter_state(learner.transformer, training.job.lora) for learner in training.trained}
-    as_written = {
-        learner.expert: with_lengths(adapters[learner.expert], "base", base_weights(learner.transformer)) for learner in training.trained
-    }
-    known = step in run.checkpoints() and all(lora_path(run, step, expert).exists() for expert in adapters)
+    """Writes the checkpoint of the present step, then its LoRA or model files, and drops the oldest checkpoints."""
+    run, step, method, scaler = training.run, training.step, training.method, training.accelerator.scaler
+    files = [lora_path(run, step, learner.expert) for learner in training.trained]
+    known = step in run.checkpoints() and all(file.exists() for file in files)
     if step not in run.checkpoints():
-        learnt = {learner.expert.name: Learnt(adapters[learner.expert], learner.optimizer.state_dict()) for learner in training.trained}
+        learnt = {
+            learner.expert.name: Learnt(method.tensors(learner.transformer), learner.optimizer.state_dict()) for learner in training.trained
+        }
         with run.writing_checkpoint(step) as folder:
-            save_state(folder, training.position, learnt, scaler.state_dict() if scaler else None)
-    files = [_write_lora(training, expert, adapter) for expert, adapter in as_written.items()]
+            save_state(folder, training.position, method.state_file, learnt, scaler.state_dict() if scaler else None)
     if not known:
-        run.event("checkpoint", step=step, lora=files[0].name, **({"loras": [file.name for file in files]} if files[1:] else {}))
+        for file, learner in zip(files, training.trained, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            method.write(file, learner.transformer, learner.expert, learner.expert.named(run.name), step)
+        names = [file.name for file in files]
+        run.event("checkpoint", step=step, **{method.event_field: names[0]}, **({"loras": names} if names[1:] else {}))
     run.prune_checkpoints(training.job.checkpoints.keep_last)
 
 
 def lora_path(run: Run, step: int, expert: Expert | None = None) -> Path:
-    """Where the LoRA of a step is written: a new name for each, never overwritten."""
+    """Where the LoRA (or the model) of a step is written: a new name for each, never overwritten."""
     name = expert.named(run.name) if expert else run.name
-    return Path(run.job.loras_folder) / run.folder.name / f"{name}-{step:06d}.safetensors"
-
-
-def _write_lora(training: Training, expert: Expert, adapter: Adapter) -> Path:
-    path = lora_path(training.run, training.step, expert)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(path, adapter, training.family, "native", _metadata(training, expert))
-    return path
-
-
-def _metadata(training: Training, expert: Expert) -> dict[str, str]:
-    job = training.job
-    return lora_metadata(
-        name=expert.named(training.run.name),
-        family=training.family,
-        variant=training.variant,
-        base=expert.path,
-        expert=expert.name,
-        rank=job.lora.rank,
-        alpha=job.lora.alpha,
-        step=training.step,
-        trigger_words=job.trigger_words,
-        job_hash=job.hash(),
-    )
+    return run.job.output_folder / run.folder.name / f"{name}-{step:06d}.safetensors"
 
 
 def _restore(training: Training) -> None:
@@ -239,10 +222,9 @@ def _restore(training: Training) -> None:
         save_checkpoint(training)
     elif start.extends:
         _load_checkpoint(training, _extended_folder(training.job))
-    elif start.initial_lora:
+    else:
         for learner in training.trained:
-            path = lora_of(Path(start.initial_lora), learner.expert.name)
-            load_adapter_state(learner.transformer, read_lora(path, training.family))
+            training.method.begin(learner.transformer, learner.expert)
 
 
 def _extended_folder(job: Job) -> Path:
@@ -255,9 +237,9 @@ def _load_checkpoint(training: Training, folder: Path) -> None:
     check_position(position, training.encoded.identity, training.samples.order.micro_per_step)
     for learner in training.trained:
         name = learner.expert.name
-        load_adapter_state(learner.transformer, read_adapter(folder, training.job.lora.alpha or training.job.lora.rank, name))
+        training.method.load_tensors(learner.transformer, read_tensors(folder, training.method.state_file, name))
         optimizer, scaler = read_optimizer(folder, name)
-        learner.optimizer.load_state_dict(optimizer)
+        load_optimizer_state(learner.optimizer, optimizer)
         if scaler and training.accelerator.scaler:
             training.accelerator.scaler.load_state_dict(scaler)
     training.step = position.step

@@ -93,10 +93,10 @@ def question() -> dict[str, torch.Tensor]:
     """One clip at one noise level, with a caption of 9 tokens."""
     chance = torch.Generator().manual_seed(0)
     record = TextRecord(torch.randn(9, 4096, generator=chance))
-    text = FAMILY.collate_text([record], torch.device("cpu"), torch.float32)
+    padded_BLD = torch.nn.functional.pad(record.embeds_LD, (0, 0, 0, 256 - 9))[None]
     clean, noise = (torch.randn(1, 12, 3, 4, 6, generator=chance) for _ in range(2))
-    given = {"clean_BCFHW": clean, "noise_BCFHW": noise, "sigma": torch.tensor(0.7), "text_BLD": text.embeds_BLD}
-    return {**given, "cond/attention_mask": text.mask_BL.long()}
+    given = {"clean_BCFHW": clean, "noise_BCFHW": noise, "sigma": torch.tensor(0.7), "text_BLD": padded_BLD}
+    return {**given, "cond/attention_mask": (torch.arange(256) < 9).long()[None]}
 
 
 def videos() -> dict[str, torch.Tensor]:
@@ -213,9 +213,9 @@ def test_text_is_that_of_a_diffusers_folder_and_core_s_node(answers: dict[str, A
     assert max(figures) < TOLERANCE
     for index in (0, 1):
         batch = FAMILY.collate_text([TextRecord(tensors[f"text{index}"])], torch.device("cpu"), torch.float32)
-        assert torch.equal(batch.mask_BL, tensors[f"mask{index}"].bool())
-        kept = tensors[f"rows{index}"] * batch.mask_BL[:, :, None]
-        torch.testing.assert_close(batch.embeds_BLD, kept, rtol=0, atol=1e-6)
+        counts_BL = tensors[f"mask{index}"].bool()
+        assert batch.mask_BL is None
+        torch.testing.assert_close(batch.embeds_BLD[0], tensors[f"rows{index}"][counts_BL], rtol=0, atol=1e-6)
 
 
 def test_objects_of_other_models_are_refused(answers: dict[str, Any]) -> None:

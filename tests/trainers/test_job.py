@@ -42,8 +42,20 @@ def test_a_broken_file_is_told(tmp_path):
 
 def test_the_hash_is_of_what_is_trained():
     job = parse_job(MINIMAL)
-    same = parse_job(MINIMAL | {"name": "other", "loras_folder": "elsewhere", "base": {"transformer": "/models/wan.safetensors"}})
+    same = parse_job(
+        MINIMAL
+        | {"name": "other", "loras_folder": "elsewhere", "models_folder": "there", "base": {"transformer": "/models/wan.safetensors"}}
+    )
     assert job.hash() == same.hash()
     assert job.hash() != parse_job(MINIMAL | {"seed": 1}).hash()
     assert job.hash() != parse_job(MINIMAL | {"base": {"transformer": "ltx.safetensors"}}).hash()
     assert job.hash() != parse_job(MINIMAL | {"encoded_identity": "abc"}).hash()
+
+
+def test_a_whole_model_is_written_beside_the_loras_never_among_them(tmp_path):
+    def output(**fields):
+        return parse_job(MINIMAL | {"loras_folder": "out/loras"} | fields).with_absolute_paths(tmp_path).output_folder
+
+    assert output() == tmp_path / "out" / "loras"
+    assert output(method="full") == tmp_path / "out" / "models"
+    assert output(method="full", models_folder="mine") == tmp_path / "mine"

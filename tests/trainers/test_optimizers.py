@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from trainers.job import OptimizerSpec
-from trainers.optimizers import build_optimizer, check_installed, learning_rate_factor, set_learning_rate
+from trainers.errors import JobError
+from trainers.job import Job, OptimizerSpec, parse_job
+from trainers.optimizers import build_optimizer, check_optimizer, learning_rate_factor, load_optimizer_state, set_learning_rate
 
 
 def factors(total=10, **settings):
@@ -27,11 +28,16 @@ def test_cosine_is_half_in_the_middle():
     assert values == sorted(values, reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "prodigy"])
+def job_with(kind, method="full") -> Job:
+    values = {"name": "cat", "base": {"transformer": "wan.safetensors"}, "encoded": "encoded", "steps": 5, "method": method}
+    return parse_job(values | {"optimizer": {"kind": kind}})
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "adamw_kahan", "prodigy"])
 def test_each_optimizer_lowers_a_loss(kind):
     torch.manual_seed(0)
     spec = OptimizerSpec(kind=kind, learning_rate=1.0 if kind == "prodigy" else 0.02)
-    check_installed(spec)
+    check_optimizer(job_with(kind))
     weight = torch.nn.Parameter(torch.randn(128, 64))
     optimizer = build_optimizer(spec, [weight])
     losses = []
@@ -43,3 +49,50 @@ def test_each_optimizer_lowers_a_loss(kind):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def stepped(kind, dtype, steps, fused=None, state=None):
+    """A weight after some steps of which step i has a gradient of its own, and the optimizer."""
+    weight = torch.nn.Parameter(torch.full((64, 64), 1.0, dtype=dtype))
+    optimizer = build_optimizer(OptimizerSpec(kind=kind, learning_rate=1e-4, weight_decay=0.1), [weight])
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    if state is not None:
+        with torch.no_grad():
+            weight.copy_(state["weight"])
+        load_optimizer_state(optimizer, state["optimizer"])
+    for step in steps:
+        weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
+        optimizer.step()
+    return weight.detach(), optimizer
+
+
+@pytest.mark.parametrize(("kind", "dtype", "fused"), [("adamw_kahan", torch.bfloat16, None), ("adamw", torch.float32, True)])
+def test_a_saved_state_goes_on_exactly(tmp_path, kind, dtype, fused):
+    straight, _ = stepped(kind, dtype, range(8), fused)
+    weight, optimizer = stepped(kind, dtype, range(4), fused)
+    torch.save({"weight": weight, "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    again, _ = stepped(kind, dtype, range(4, 8), fused, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(again, straight)
+
+
+def test_a_state_of_another_device_does_not_say_how_steps_are_computed_here():
+    weight, fused = stepped("adamw", torch.float32, range(3), fused=True)
+    _, plain = stepped("adamw", torch.float32, [], state={"weight": weight, "optimizer": fused.state_dict()})
+    assert plain.param_groups[0]["fused"] is None
+    assert plain.state[plain.param_groups[0]["params"][0]]["step"] == 3
+
+
+def test_kahan_keeps_what_bf16_rounds_away():
+    """Each step is far below a bf16 step at 1: without the sum of what was lost nothing ever moves."""
+    exact, _ = stepped("adamw", torch.float32, [0] * 60)
+    kahan, _ = stepped("adamw_kahan", torch.bfloat16, [0] * 60)
+    plain, _ = stepped("adamw", torch.bfloat16, [0] * 60)
+    assert plain.eq(1.0).all()
+    assert (exact - 1.0).abs().min() > 2**-8, "more than half a bf16 step above 1"
+    assert (kahan.float() - exact).abs().max() <= 2**-8
+
+
+def test_kahan_is_refused_over_a_lora_s_float32():
+    with pytest.raises(JobError, match=r"optimizer.kind is 'adamw_kahan', method is 'lora'; a LoRA's weights are kept in float32.*Use"):
+        check_optimizer(job_with("adamw_kahan", method="lora"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from .verbs import add_verb
 
 if TYPE_CHECKING:
     from ..job import Job
+    from ..machine import Machine
     from .verbs import Verbs
 
 RUNS_FOLDER = "output/runs"
@@ -25,7 +27,13 @@ _SHOWN_EVENTS = 8
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs to the parser."""
-    add_verb(verbs, "plan", plan, "check a job and say what it would train").add_argument("job", type=Path, metavar="JOB")
+    parser = add_verb(verbs, "plan", plan, "check a job and say what it would train, what that takes and how long")
+    parser.add_argument("job", type=Path, metavar="JOB")
+    other = parser.add_argument_group("another machine than this one")
+    other.add_argument("--vram", type=float, metavar="GIB", help="memory of its card; the card of that size that most people have")
+    other.add_argument("--ram", type=float, default=32.0, metavar="GIB", help="memory of the machine that is free (32)")
+    other.add_argument("--card", metavar="NAME", help="a card by its name, such as T4")
+    parser.add_argument("--json", action="store_true", help="as JSON, for other programs")
     parser = add_verb(verbs, "train", train, "train a job in the background and follow it; the same job again attaches or resumes")
     parser.add_argument("job", type=Path, metavar="JOB", help="a .json or .toml file")
     parser.add_argument("--resume", action="store_true", help="only go on with a run that exists")
@@ -46,7 +54,17 @@ def plan(options: argparse.Namespace) -> None:
     from ..job import read_job
     from ..plan import make_plan
 
-    print(make_plan(read_job(options.job)))
+    found = make_plan(read_job(options.job), _other_machine(options))
+    print(json.dumps(found.as_values(), indent=2) if options.json else found)
+
+
+def _other_machine(options: argparse.Namespace) -> Machine | None:
+    """The machine that the options describe; None: this one. Raises JobError for a card that is not known."""
+    from ..machine import card_of
+
+    if options.vram is None and options.card is None:
+        return None
+    return card_of(options.card, options.vram).machine(options.ram, options.vram)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -67,7 +85,7 @@ def _why_another_name(run: Run, job: Job) -> str:
     """That a run of this name exists with another job, what differs, and how to go on with it."""
     folder = Path(job.runs_folder) / job.name
     if not (folder / "job.json").is_file():
-        return f"{job.name} has LoRA files of an earlier run; this one is {run.name}."
+        return f"{job.name} has files of an earlier run; this one is {run.name}."
     earlier = Run.open(folder)
     mine, theirs = job.model_dump(mode="json"), earlier.job.model_dump(mode="json")
     changed = ", ".join(field for field in mine if mine[field] != theirs[field])
@@ -79,7 +97,7 @@ def _why_another_name(run: Run, job: Job) -> str:
 
 def _start_and_follow(run: Run, how: str, detach: bool) -> int:
     if how == "done":
-        print(f"{run.name} is done already: {_loras(run.job)}")
+        print(f"{run.name} is done already: {_output(run.job)}")
         return 0
     if how != "attached":
         process_id = launch(run)
@@ -93,12 +111,12 @@ def _start_and_follow(run: Run, how: str, detach: bool) -> int:
         print(f"\n{run.name} goes on in the background.\n{_how_to_steer(run)}")
         return 130
     if code == 0:
-        print(f"LoRA files: {_loras(run.job)}")
+        print(f"{'LoRA' if run.job.method == 'lora' else 'model'} files: {_output(run.job)}")
     return code
 
 
-def _loras(job: Job) -> Path:
-    return Path(job.loras_folder) / job.name
+def _output(job: Job) -> Path:
+    return job.output_folder / job.name
 
 
 def _how_to_steer(run: Run) -> str:

@@ -108,6 +108,10 @@ class Cache:
         tensors = self._read("text", key)
         return TextRecord(tensors["embeds_LD"], tensors.get("pooled_D"))
 
+    def shapes(self, kind: str, key: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of a window or text, by its header. Raises CheckpointError when the file is missing or damaged."""
+        return {name: stored.shape for name, stored in open_tensor_file(self._path(_FOLDERS[kind], key)).tensors.items()}
+
     def text_width(self, key: str) -> int:
         """How wide the rows of an encoded prompt are, by its header. Raises CheckpointError when the file is missing or damaged."""
         return open_tensor_file(self._path("text", key)).tensors["embeds_LD"].shape[1]

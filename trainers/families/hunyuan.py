@@ -37,6 +37,7 @@ from ..family import (
     simple_schedule,
 )
 from ._hunyuan_keys import KEYS, LORA_KEYS, VAE_KEYS
+from ._text_masks import every_row, padded, rows_that_count, says_nothing
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -166,6 +167,7 @@ class Hunyuan:
             transformer = HunyuanVideoTransformer3DModel(**config)
         if config["image_condition_type"] == "token_replace":
             transformer.time_text_embed.register_forward_hook(_guide_the_first_frame)
+        _drop_masks_that_say_nothing(transformer)
         assert isinstance(transformer, torch.nn.Module)
         return transformer
 
@@ -246,15 +248,12 @@ class Hunyuan:
         return int(config["text_embed_dim"])
 
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
-        """Rows padded with zeros to the longest record, with a mask (B, L, bool) that says which are text."""
-        lengths = [record.embeds_LD.shape[0] for record in records]
-        embeds_BLD = torch.zeros(len(records), max(lengths), records[0].embeds_LD.shape[1], device=device, dtype=dtype)
-        for row, record in zip(embeds_BLD, records, strict=True):
-            row[: record.embeds_LD.shape[0]] = record.embeds_LD.to(device, dtype)
+        """Rows padded with zeros to the longest record, with a mask (B, L, bool) that says which are text (None: all)."""
+        lengths = [len(record.embeds_LD) for record in records]
         pooled = [record.pooled_D for record in records if record.pooled_D is not None]
         assert len(pooled) == len(records), "a HunyuanVideo caption has CLIP's pooled output too"
-        mask_BL = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        return TextBatch(embeds_BLD, mask_BL, torch.stack(pooled).to(device, dtype))
+        embeds_BLD = padded(records, lengths, device, dtype)
+        return TextBatch(embeds_BLD, rows_that_count(lengths, device), torch.stack(pooled).to(device, dtype))
 
     def required(self, variant: Variant) -> frozenset[str]:
         return frozenset({"latents"} if variant == _T2V else {"latents", FIRST_FRAME, IMAGE_TEXT})
@@ -281,7 +280,7 @@ class Hunyuan:
             hidden_states=inputs.latents_BCFHW.to(text.embeds_BLD.dtype),
             timestep=inputs.timesteps,
             encoder_hidden_states=text.embeds_BLD,
-            encoder_attention_mask=text.mask_BL,
+            encoder_attention_mask=every_row(text.embeds_BLD) if text.mask_BL is None else text.mask_BL,
             pooled_projections=text.pooled_BD,
             guidance=inputs.extra["guidance"],
             return_dict=False,
@@ -330,6 +329,25 @@ def _llama_rows(tokenizer: Any, llama: Any, prompt: str, pixels: torch.Tensor | 
     image_LD = hidden_LD[image : image + _IMAGE_TOKENS : interleave] if given else hidden_LD[:0]
     rows_LD: torch.Tensor = torch.cat([image_LD, hidden_LD[start:stop]]).cpu()
     return rows_LD
+
+
+def _drop_masks_that_say_nothing(transformer: Any) -> None:
+    """Lets the blocks attend without a mask where every text row counts: diffusers makes one of any mask it is given.
+
+    A block computes the same again in the backward pass, by the captions of the latest forward pass.
+    """
+    nothing = {"said": False}
+
+    def look(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        mask_BL = named["encoder_attention_mask"] if "encoder_attention_mask" in named else given[3]
+        nothing["said"] = says_nothing(mask_BL)
+
+    def drop(_: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*given[:3], None, *given[4:]) if nothing["said"] else given
+
+    transformer.register_forward_pre_hook(look, with_kwargs=True)
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.register_forward_pre_hook(drop)
 
 
 def _guide_the_first_frame(embedding: torch.nn.Module, given: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> Any:

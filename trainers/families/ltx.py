@@ -41,6 +41,7 @@ from ..family import (
 from ..keytable import KeyTable, Rename, same
 from ._ltx_files import KINDS, candidates, header_config, notes_on, perhaps_rotated, read_header, refuse_rotated
 from ._ltx_vae import VAE_KEYS_0_9, VAE_KEYS_0_9_1, VAE_KEYS_0_9_5, vae_config
+from ._text_masks import padded, rows_that_count
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -309,13 +310,10 @@ class Ltx:
         return int(config["caption_channels"])
 
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
-        """As many rows as the longest record has, zeros after a shorter one; the mask is 1 where a row counts."""
+        """As many rows as the longest record has, zeros after a shorter one; the mask is 1 where a row counts (None: all do)."""
         lengths = [len(record.embeds_LD) for record in records]
-        embeds_BLD = torch.zeros(len(records), max(lengths), records[0].embeds_LD.shape[1], device=device, dtype=dtype)
-        for row, record, length in zip(embeds_BLD, records, lengths, strict=True):
-            row[:length] = record.embeds_LD.to(device, dtype)
-        counts_BL = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        return TextBatch(embeds_BLD, counts_BL.long())
+        mask_BL = rows_that_count(lengths, device)
+        return TextBatch(padded(records, lengths, device, dtype), None if mask_BL is None else mask_BL.long())
 
     def required(self, variant: Variant) -> frozenset[str]:
         return frozenset({"latents"})

@@ -34,6 +34,8 @@ from ..family import (
     simple_schedule,
 )
 from ..keytable import Fuse, KeyTable, Rename, Row, SwapHalves
+from ._mochi_attention import JointAttention
+from ._text_masks import every_row, padded, rows_that_count
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -204,12 +206,17 @@ class Mochi:
         return Detection(FAMILY, (_PREVIEW,), config, reason=_reason(config))
 
     def build(self, config: Mapping[str, Any]) -> torch.nn.Module:
-        """See Family. Diffusers' rope asks for an autocast to float32, which torch refuses with a warning in every step."""
+        """See Family. Attention is ours (see `_mochi_attention`), and the rope tables.
+
+        Diffusers' rope asks for an autocast to float32, which torch refuses with a warning in every step.
+        """
         from diffusers import MochiTransformer3DModel
 
         with torch.device("meta"):
             transformer = MochiTransformer3DModel(**config)
         transformer.rope._create_rope = _rope_tables
+        for block in transformer.transformer_blocks:
+            block.attn1.processor = JointAttention()
         assert isinstance(transformer, torch.nn.Module)
         return transformer
 
@@ -291,14 +298,12 @@ class Mochi:
         return int(config["text_embed_dim"])
 
     def collate_text(self, records: Sequence[TextRecord], device: torch.device, dtype: torch.dtype) -> TextBatch:
-        """256 rows for each record, zeros after a shorter one, a longer one cut; the mask is True on its own rows."""
-        width = records[0].embeds_LD.shape[1]
-        embeds_BLD = torch.zeros(len(records), TEXT_LENGTH, width, device=device, dtype=dtype)
-        lengths_B = [min(len(record.embeds_LD), TEXT_LENGTH) for record in records]
-        for row, record, length in zip(embeds_BLD, records, lengths_B, strict=True):
-            row[:length] = record.embeds_LD[:length].to(device, dtype)
-        mask_BL = torch.arange(TEXT_LENGTH, device=device) < torch.tensor(lengths_B, device=device)[:, None]
-        return TextBatch(embeds_BLD, mask_BL)
+        """As many rows as the longest record has, 256 at most; zeros after a shorter one; the mask is True on its own (None: all).
+
+        The model was trained on 256 rows, of which those that are not text are masked everywhere.
+        """
+        lengths = [min(len(record.embeds_LD), TEXT_LENGTH) for record in records]
+        return TextBatch(padded(records, lengths, device, dtype), rows_that_count(lengths, device))
 
     def required(self, variant: Variant) -> frozenset[str]:
         return frozenset({"latents"})
@@ -313,7 +318,7 @@ class Mochi:
             hidden_states=inputs.latents_BCFHW.to(text.embeds_BLD.dtype),
             timestep=inputs.timesteps,
             encoder_hidden_states=text.embeds_BLD,
-            encoder_attention_mask=text.mask_BL,
+            encoder_attention_mask=every_row(text.embeds_BLD) if text.mask_BL is None else text.mask_BL,
             return_dict=False,
         )[0]
         return -towards_clean.float()

@@ -6,14 +6,12 @@ Shape suffixes: O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from .packing import AS_STORED, Packing
+from .packing import AS_STORED, Packing, known
+from .product import FrozenProduct, opaque_product
 
 
 class FrozenLinear(nn.Linear):
@@ -57,7 +55,7 @@ class FrozenLinear(nn.Linear):
             self.bias = nn.Parameter(bias_O, requires_grad=False)
         self._beside = {name: tensor for name, tensor in tensors.items() if name != "weight"}
         self._number = number
-        self._packing = packing
+        self._packing = known(packing)
 
     @property
     def scale(self) -> float | torch.Tensor | None:
@@ -87,9 +85,12 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        is_autocast = device != "meta" and torch.is_autocast_enabled(device)  # which torch cannot tell of meta
+        dtype = torch.get_autocast_dtype(device) if is_autocast else input.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        output: torch.Tensor = _FrozenProduct.apply(input.to(dtype), self, bias)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
+            return opaque_product(input.to(dtype), self.operands(), bias, self._packing.name, (self.out_features, self.in_features))
+        output: torch.Tensor = FrozenProduct.apply(input.to(dtype), self.dense_weight, bias)  # type: ignore[no-untyped-call]
         return output
 
     def extra_repr(self) -> str:
@@ -111,19 +112,3 @@ class FrozenLinear(nn.Linear):
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """x W^T + b, whose only gradient is that of x."""
-
-    @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, module: FrozenLinear, bias_O: torch.Tensor | None) -> torch.Tensor:
-        ctx.module = module
-        return functional.linear(input, module.dense_weight(input.dtype), bias_O)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        product = rows.mm(ctx.module.dense_weight(gradient.dtype))
-        return product.view(*gradient.shape[:-1], product.shape[-1]), None, None

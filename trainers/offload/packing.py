@@ -19,6 +19,18 @@ class Packing:
     decode: Callable[[Sequence[torch.Tensor], tuple[int, int], torch.dtype], torch.Tensor]
 
 
+_KNOWN: dict[str, Packing] = {}
+
+
+def known(packing: Packing) -> Packing:
+    """`packing`, which `packing_named` finds from now on: compiled code knows it by its name."""
+    return _KNOWN.setdefault(packing.name, packing)
+
+
+def packing_named(name: str) -> Packing:
+    return _KNOWN[name]
+
+
 def dequantise(stored_OI: torch.Tensor, scale: float | torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The stored weight times its scale (one number, or (O, 1)), computed in float32 and rounded once to `dtype`.
 

@@ -278,7 +278,7 @@ def test_cost_counts_what_torch_counts() -> None:
     batch = text(1, (256,))
     # The fused attention of the CPU is not counted by torch; the one of plain matrix products is.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        transformer(clean, batch.embeds_BLD, torch.tensor([500.0]), batch.mask_BL)
+        transformer(clean, batch.embeds_BLD, torch.tensor([500.0]), torch.ones(1, 256, dtype=torch.bool))
     rope = 2 * 3 * clean[0, 0].numel() / 4 * transformer.pos_frequencies[0].numel()
     assert FAMILY.cost(transformer.config, tuple(clean.shape[1:]), 256) == counter.get_total_flops() - rope
 

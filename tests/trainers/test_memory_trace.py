@@ -1,0 +1,125 @@
+"""The trace on the meta device against real steps: the same shapes on the CPU, with every allocation recorded by the profiler.
+
+What this does not show of a card: its attention kernels (here those of the CPU are imitated), what cuBLAS takes, and what the
+caching allocator rounds up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import TINY, filled, tiny_config
+from torch.profiler import ProfilerActivity, profile
+
+from trainers.batches import Batch
+from trainers.card_kernels import CPU
+from trainers.family import FIRST_FRAME, Conditions, Family, TextRecord, Variant, families
+from trainers.job import LoraSpec
+from trainers.lora import inject
+from trainers.memory_trace import StepShape, Tracer
+from trainers.offload.arrangement import Arrangement
+from trainers.predict import batch_loss
+from trainers.residency import Residency
+
+GROWN: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "wan": ("wan2.1-t2v", {"num_attention_heads": 2, "ffn_dim": 1024, "num_layers": 8}, (3, 24, 32)),
+    "ltx": ("ltxv-13b", {"num_attention_heads": 8, "attention_head_dim": 32, "cross_attention_dim": 256, "num_layers": 4}, (3, 12, 16)),
+    "hunyuan": ("hunyuan-t2v", {"num_attention_heads": 2, "num_layers": 4, "num_single_layers": 5}, (3, 24, 24)),
+    "mochi": ("mochi-1-preview", {"num_attention_heads": 8, "attention_head_dim": 32, "num_layers": 4}, (3, 24, 32)),
+}
+"""Of each family a variant, and a model and latents (frames, height, width) whose activations are 5 to 200 MiB."""
+WAYS = {
+    "whole": Arrangement(checkpointing=False),
+    "checkpoints": Arrangement(),
+    "checkpoints on the host": Arrangement(activations="host"),
+    "chunks": Arrangement(chunks=4),
+}
+
+
+def grown(family: Family) -> tuple[Variant, torch.nn.Module]:
+    name, sizes, _ = GROWN[family.id]
+    variant = next(variant for variant in family.variants if variant.id == name)
+    return variant, family.build(tiny_config(family, variant) | sizes)
+
+
+def shape_of(family: Family, variant: Variant) -> StepShape:
+    latents = (family.latent(variant).channels, *GROWN[family.id][2])
+    return StepShape(latents, 1, 40, TINY[family.id].text_dim, TINY[family.id].pooled_dim)  # type: ignore[arg-type]
+
+
+def traced(family: Family, dtype: torch.dtype, *, whole: bool = False, **options: Any) -> tuple[Variant, Tracer]:
+    variant, transformer = grown(family)
+    transformer.to(dtype).requires_grad_(False)
+    transformer.to("meta")
+
+    def add(module: torch.nn.Module) -> object:
+        return inject(module, family, LoraSpec(rank=4), 0, device=torch.device("meta"))
+
+    return variant, Tracer(family, variant, transformer, add, dtype, kernels=CPU, whole=whole, **options)
+
+
+def real_batch(shape: StepShape, family: Family, dtype: torch.dtype) -> Batch:
+    chance = torch.Generator().manual_seed(0)
+    pooled = None if shape.pooled_width is None else torch.randn(shape.pooled_width, generator=chance)
+    latents = torch.randn(1, *shape.latents_CFHW, generator=chance)
+    text = family.collate_text(
+        [TextRecord(torch.randn(shape.text_rows, shape.text_width, generator=chance), pooled)], torch.device("cpu"), dtype
+    )
+    conditions = Conditions({FIRST_FRAME: latents[:, :, :1]}, None, torch.full((1,), 24.0))
+    return Batch(latents, torch.randn(latents.shape, generator=chance), torch.tensor([0.5]), text, conditions)
+
+
+def measured_peak(family: Family, dtype: torch.dtype, arrangement: Arrangement) -> int:
+    """The most that one real step allocates over what was there before it: of the second step, when all buffers are there."""
+    variant, transformer = grown(family)
+    transformer = filled(transformer).to(dtype).requires_grad_(False)
+    parameters = inject(transformer, family, LoraSpec(rank=4), 0)
+    residency = Residency(transformer, family, torch.device("cpu"), arrangement)
+    residency.enter()
+    transformer.train()
+    batch = real_batch(shape_of(family, variant), family, dtype)
+    batch_loss(family, variant, transformer, batch).backward()
+    for parameter in parameters:
+        parameter.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        batch_loss(family, variant, transformer, batch).backward()
+    changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    live = peak = 0
+    for event in changes:
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+CASES = [(family, "checkpoints", torch.float32) for family in GROWN]
+CASES += [("wan", way, torch.float32) for way in WAYS if way != "checkpoints"]
+CASES += [("wan", "checkpoints", torch.bfloat16), ("hunyuan", "whole", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("family_id", "way", "dtype"), [*CASES, ("wan", "checkpoints", torch.bfloat16), ("hunyuan", "whole", torch.bfloat16)]
+)
+def test_a_real_step_takes_what_the_trace_says(family_id: str, way: str, dtype: torch.dtype) -> None:
+    family = families()[family_id]
+    variant, tracer = traced(family, dtype)
+    predicted = tracer.step(shape_of(family, variant), WAYS[way]).peak_bytes
+    measured = measured_peak(family, dtype, WAYS[way])
+    assert measured > 5 * 2**20
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("family_id", "way"), [*((family, "checkpoints") for family in GROWN), *(("wan", way) for way in WAYS)])
+def test_few_blocks_stand_for_all(family_id: str, way: str) -> None:
+    family = families()[family_id]
+    variant, tracer = traced(family, torch.bfloat16)
+    _, whole = traced(family, torch.bfloat16, whole=True)
+    shape = shape_of(family, variant)
+    few, all_of_them = tracer.step(shape, WAYS[way]), whole.step(shape, WAYS[way])
+    assert few.peak_bytes == pytest.approx(all_of_them.peak_bytes, rel=0.01)
+    assert few.forward == all_of_them.forward
+    assert few.backward.product_flops == all_of_them.backward.product_flops
+    assert few.backward.attention_flops == all_of_them.backward.attention_flops
+    assert few.inputs_bytes == all_of_them.inputs_bytes

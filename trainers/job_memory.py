@@ -1,0 +1,127 @@
+"""What a job takes, from its files and its data: the largest batch, the transformer without values, and the plan of memory.
+
+Shape suffixes: C channels, F latent frames, H and W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from .batches import Samples
+from .card_kernels import AMPERE, CPU, TURING, Kernels
+from .checkpoint import Checkpoint
+from .conditions import first_frame_probability
+from .data.encoded import Encoded, EncodedItem
+from .errors import JobError
+from .experts import experts_of
+from .family import FIRST_FRAME, IMAGE_TEXT, LATENTS, Detection, Family, Variant
+from .job import Job
+from .load import load_transformer
+from .lora import inject
+from .machine import Machine, this_machine
+from .memory_plan import MemoryPlan, choose, too_large
+from .memory_trace import ModelBytes, StepShape, StepTrace, Tracer
+from .offload.arrangement import Arrangement
+
+_META = torch.device("meta")
+_TEXTS_LOOKED_AT = 256
+"""Headers of captions that are read for the longest: more would take long on a network drive."""
+
+
+def plan_memory(
+    job: Job, detection: Detection, samples: Samples, device: torch.device, dtype: torch.dtype, machine: Machine | None = None
+) -> MemoryPlan:
+    """How the job is kept and run on `device`, computing in `dtype`; `machine` None: this one, as it is now.
+
+    Raises JobError when nothing fits on a card, with what would.
+    """
+    machine = machine or this_machine(device, dtype)
+    traced = JobTrace.of(job, detection, samples, machine, dtype)
+    plan = choose(job, traced, machine)
+    if not plan.fits and machine.device == "cuda":
+        raise JobError(too_large(plan, traced))
+    return plan
+
+
+@dataclass(frozen=True)
+class JobTrace:
+    """The `Traced` protocol for a job."""
+
+    tracer: Tracer
+    model: ModelBytes
+    shape: StepShape
+
+    @classmethod
+    def of(cls, job: Job, detection: Detection, samples: Samples, machine: Machine, dtype: torch.dtype) -> JobTrace:
+        checkpoint = Checkpoint.open(job.base.transformer)
+        tracer = tracer_of(job, checkpoint, detection, machine, dtype)
+        trained = sum(expert.trained for expert in experts_of(job, detection.variant))
+        shape = largest_batch(job, detection, samples.encoded, samples.items)
+        return cls(tracer, replace(tracer.model, trained=trained), shape)
+
+    def step(self, shape: StepShape, arrangement: Arrangement) -> StepTrace:
+        return self.tracer.step(shape, arrangement)
+
+
+def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: Machine, dtype: torch.dtype) -> Tracer:
+    """The transformer of a file as a run loads it, with its LoRA, and without values."""
+    streams = machine.device == "cuda" and not job.lora.dora
+    keep_stored = None if streams else False
+    transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams)
+    add = partial(inject, family=detection.family, spec=job.lora, seed=job.seed, device=_META)
+    return Tracer(detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation)
+
+
+def _kernels(machine: Machine) -> Kernels:
+    if machine.device != "cuda":
+        return CPU
+    return replace(TURING if machine.turing else AMPERE, fused_norm=hasattr(torch.ops.aten, "_fused_rms_norm"))
+
+
+def largest_batch(job: Job, detection: Detection, encoded: Encoded, items: Sequence[EncodedItem]) -> StepShape:
+    """The batch of the job with the most tokens: of clips of one size, as many as there are up to `batch_size`."""
+    family, variant = detection.family, detection.variant
+    spec = family.latent(variant)
+    counts = Counter((item.num_frames, item.height, item.width) for item in items for _ in range(item.repeats))
+    batches = {size: min(count, job.batch_size) for size, count in counts.items()}
+    size = max(batches, key=lambda size: batches[size] * spec.tokens(*size))
+    item = next(item for item in items if (item.num_frames, item.height, item.width) == size)
+    rows, width, pooled = _text(encoded, items)
+    latents = spec.shape(*size)
+    return StepShape(
+        latents,
+        batches[size],
+        rows,
+        width,
+        pooled,
+        _extras(encoded, item, family, variant, latents),
+        first_frame=first_frame_probability(job, family.first_frame(variant)) > 0 and latents[1] > 1,
+    )
+
+
+def _text(encoded: Encoded, items: Sequence[EncodedItem]) -> tuple[int, int, int | None]:
+    """Rows of the longest text of those that are looked at, their width, and that of the pooled output."""
+    keys = sorted(
+        {item.text for item in items} | {item.text_without_caption or "" for item in items} - {""} | set(encoded.prompts.values())
+    )
+    found = [encoded.cache.shapes(IMAGE_TEXT, key) for key in keys[:: max(len(keys) // _TEXTS_LOOKED_AT, 1)]]
+    pooled = found[0].get("pooled_D")
+    return max(shapes["embeds_LD"][0] for shapes in found), found[0]["embeds_LD"][1], pooled[0] if pooled else None
+
+
+def _extras(
+    encoded: Encoded, item: EncodedItem, family: Family, variant: Variant, latents_CFHW: tuple[int, int, int, int]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the variant gets besides latents and text, of one sample."""
+    if family.first_frame(variant) is None:
+        return {}
+    channels, _, height, width = latents_CFHW
+    shapes: dict[str, tuple[int, ...]] = {FIRST_FRAME: (channels, 1, height, width)}
+    for kind in sorted(family.required(variant) - {LATENTS, IMAGE_TEXT}):
+        shapes[kind] = next(iter(encoded.cache.shapes(kind, item.extras[kind]).values()))
+    return shapes

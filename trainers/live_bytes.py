@@ -1,0 +1,92 @@
+"""What a computation takes: the storages that are alive at each moment, the matrix products, the bytes that are read and written.
+
+Counted while the real code runs, on any device: on the meta device nothing is computed and nothing allocated.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_aten: Any = torch.ops.aten
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the storages made on devices of a type while it is entered, from their making until nothing refers to them.
+
+    `live` and `peak` are bytes. What was there before does not count: name it in `known`. What an operator takes for itself
+    and gives back before it returns is not seen. `flops` are those of matrix products (two for each multiply-add),
+    `moved_bytes` what all other operators read and write.
+    """
+
+    def __init__(self, device_type: str, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = self.moved_bytes = 0
+        self.flops = self.attention_flops = 0.0
+        self._device_type = device_type
+        self._sizes: dict[int, int] = {}
+        for tensor in known:
+            self._enter(tensor.untyped_storage(), 0)
+
+    def restart(self) -> None:
+        """Counts from now on; what is alive now does not count any more."""
+        for identity in self._sizes:
+            self._sizes[identity] = 0
+        self.live = self.peak = self.moved_bytes = 0
+        self.flops = self.attention_flops = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        output = _on_meta[func](*args) if func in _on_meta and args[0].is_meta else func(*args, **kwargs)
+        made = [tensor for tensor in _tensors(output) if tensor.device.type == self._device_type and self._sees(tensor)]
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=output)
+        elif made or func._schema.is_mutable:
+            self.moved_bytes += sum(map(_bytes, made)) + sum(map(_bytes, _tensors((args, kwargs))))
+        return output
+
+    def _sees(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage is new."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._sizes:
+            return False
+        self._enter(storage, storage.nbytes())
+        return True
+
+    def _enter(self, storage: torch.UntypedStorage, size: int) -> None:
+        identity = storage._cdata
+        if identity not in self._sizes:
+            self._sizes[identity] = size
+            weakref.finalize(storage, self._leave, identity)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _leave(self, identity: int) -> None:
+        self.live -= self._sizes.pop(identity, 0)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """What a tensor holds; one that was only expanded counts as often as it is stored."""
+    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+
+# Values that a computation asks for, and that no meta tensor has: every flag is set, and every element is not zero.
+_on_meta: dict[Any, Callable[..., Any]] = {
+    _aten._local_scalar_dense.default: lambda tensor: True if tensor.dtype == torch.bool else 1,
+    _aten.nonzero.default: lambda tensor: torch.empty(tensor.numel(), max(tensor.ndim, 1), dtype=torch.int64, device="meta"),
+}

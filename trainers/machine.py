@@ -1,0 +1,249 @@
+"""What a machine has: memory of the card and of the host, and how fast it computes and copies; measured here, or stated.
+
+Rates are bytes or operations per second. Sizes in GiB are multiples of 2**30 bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .errors import JobError, Problem
+
+GIB = 2**30
+ASSUMED_DISK_RATE = 2e9
+"""Bytes per second of a file that is not in memory: an NVMe drive. Not measured, a file may be cached while it is tried."""
+ASSUMED_HOST_COPY_RATE = 8e9
+"""Bytes per second that one thread copies from a mapped file that is in memory into a staging buffer."""
+_CONTEXT_BYTES = GIB // 2
+"""What CUDA itself takes of a card for a process, before anything is allocated; some 300 to 500 MiB."""
+_MACOS_SHARE = 0.6
+"""macOS does not say what is available without a privileged call: this share of all is taken for it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and its host. `flops_rate` is what a large matrix product reaches, `memory_rate` what the device's memory does.
+
+    `free_bytes` of the device and `ram_bytes` of the host are available to a training. `bf16` and `turing`: whether the card
+    computes in bf16, and is older than compute capability 8.0. `measured`: on this machine; else the rates are assumptions.
+    """
+
+    name: str
+    device: str
+    total_bytes: int
+    free_bytes: int
+    ram_bytes: int
+    flops_rate: float
+    memory_rate: float
+    copy_rate: float
+    host_copy_rate: float = ASSUMED_HOST_COPY_RATE
+    disk_rate: float = ASSUMED_DISK_RATE
+    bf16: bool = True
+    turing: bool = False
+    measured: bool = False
+
+    def with_limits(self, vram_gib: float | None, ram_gib: float | None) -> Machine:
+        """The same machine, of which a training may take no more than these, whatever is free."""
+        free = self.free_bytes if vram_gib is None else int(vram_gib * GIB)
+        return replace(self, free_bytes=free, ram_bytes=self.ram_bytes if ram_gib is None else int(ram_gib * GIB))
+
+
+@dataclass(frozen=True)
+class Card:
+    """A typical card of its size. All rates are assumptions: what large matrix products and copies are known to reach, rounded."""
+
+    name: str
+    gib: float
+    tera_flops: float
+    memory_gb_per_second: float
+    copy_gb_per_second: float
+    bf16: bool = True
+
+    def machine(self, ram_gib: float, vram_gib: float | None = None) -> Machine:
+        """A host of `ram_gib` with this card and nothing else on it; `vram_gib`: another size than its own."""
+        total = int((vram_gib or self.gib) * GIB)
+        rates = self.tera_flops * 1e12, self.memory_gb_per_second * 1e9, self.copy_gb_per_second * 1e9
+        free = total - _CONTEXT_BYTES
+        return Machine(self.name, "cuda", total, free, int(ram_gib * GIB), *rates, bf16=self.bf16, turing=not self.bf16)
+
+
+CARDS = (
+    Card("RTX 4060", 8.0, 24, 240, 12),
+    Card("RTX 3060", 12.0, 22, 320, 22),
+    Card("T4", 14.7, 24, 240, 11, bf16=False),
+    Card("RTX 4080", 16.0, 80, 630, 22),
+    Card("RTX 4090", 24.0, 140, 900, 22),
+    Card("L40S", 48.0, 160, 770, 22),
+    Card("A100", 79.2, 230, 1700, 22),
+)
+
+
+def card_of(name: str | None, vram_gib: float | None) -> Card:
+    """The card of the table of that name, or the nearest in size (a T4 only by its name).
+
+    Raises JobError for a name that is not in the table.
+    """
+    if name is None:
+        assert vram_gib is not None, "a card has a name or a size"
+        return min((card for card in CARDS if card.bf16), key=lambda card: abs(card.gib - vram_gib))
+    for card in CARDS:
+        if card.name.lower() == name.lower():
+            return card
+    raise JobError(Problem(f"--card is {name}", f"known are {', '.join(card.name for card in CARDS)}", "Give --vram instead."))
+
+
+def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """The machine as it is now. Computes and copies on the device for a fraction of a second; CUDA's context is made."""
+    ram = available_ram()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        capability = torch.cuda.get_device_capability(device)
+        name, bf16 = torch.cuda.get_device_name(device), capability >= (8, 0)
+    else:
+        free = total = ram
+        name, bf16 = "the CPU" if device.type == "cpu" else "Metal", True
+    return Machine(
+        name,
+        device.type,
+        total,
+        free,
+        ram,
+        _flops_rate(device, dtype),
+        _memory_rate(device),
+        _copy_rate(device),
+        bf16=bf16,
+        turing=not bf16,
+        measured=True,
+    )
+
+
+def empty_card(device: torch.device) -> Machine:
+    """A CUDA card of this machine as if nothing else were on it. Nothing is measured: what fits does not depend on rates."""
+    properties = torch.cuda.get_device_properties(device)
+    card = card_of(None, properties.total_memory / GIB)
+    older = (properties.major, properties.minor) < (8, 0)
+    machine = card.machine(available_ram() / GIB, properties.total_memory / GIB)
+    return replace(machine, name=properties.name, bf16=not older, turing=older)
+
+
+def _flops_rate(device: torch.device, dtype: torch.dtype) -> float:
+    side = 4096 if device.type == "cuda" else 512
+    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _seconds(lambda: left @ right, device)
+
+
+def _memory_rate(device: torch.device) -> float:
+    """Reading and writing both count."""
+    source = torch.empty(128 << 20 if device.type == "cuda" else 16 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """From pinned host memory to the card; elsewhere from memory to memory."""
+    source = torch.empty(128 << 20 if device.type == "cuda" else 16 << 20, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty_like(source, device=device)
+    return source.nbytes / _seconds(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
+    """Seconds of one call: after a first one, as many as fill `at_least` seconds."""
+    work()
+    _finish(device)
+    calls, started = 0, time.perf_counter()
+    while True:
+        work()
+        _finish(device)
+        calls += 1
+        if (passed := time.perf_counter() - started) >= at_least:
+            return passed / calls
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def available_ram() -> int:
+    """Bytes of the host's memory that a program may still take, within the limits of its container."""
+    if sys.platform == "win32":
+        return _available_on_windows()
+    if sys.platform == "darwin":
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MACOS_SHARE)
+    limits = [available_in_meminfo(_text("/proc/meminfo"))]
+    for folder in cgroup_folders(_text("/proc/self/cgroup")):
+        files = {name: _text(f"{folder}/{name}") for name in _CGROUP_FILES}
+        limits.append(available_in_cgroup(files))
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_in_meminfo(text: str) -> int | None:
+    """Bytes of MemAvailable in /proc/meminfo: free, or held by caches that give way. None: it does not say."""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+_CGROUP_FILES = ("memory.max", "memory.current", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+
+
+def cgroup_folders(text: str) -> list[str]:
+    """Where the limits of a process are, by /proc/self/cgroup: those of its own group and of all above it, version 2 and 1."""
+    folders = []
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = "/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup"
+        parts = [part for part in path.split("/") if part and part != ".."]
+        folders += ["/".join([root, *parts[:count]]) for count in range(len(parts), -1, -1)]
+    return folders
+
+
+def available_in_cgroup(files: Mapping[str, str]) -> int | None:
+    """What a group may still take, by its files (version 2 or 1); pages of files that are not in use give way. None: no limit."""
+    limit = files.get("memory.max") or files.get("memory.limit_in_bytes") or ""
+    used = files.get("memory.current") or files.get("memory.usage_in_bytes") or ""
+    if not limit.strip().isdigit() or not used.strip().isdigit() or int(limit) >= 1 << 60:
+        return None
+    lines = (line.split() for line in files.get("memory.stat", "").splitlines())
+    caches = {line[0]: int(line[1]) for line in lines if len(line) == 2}
+    reclaimable = caches.get("total_inactive_file", caches.get("inactive_file", 0))
+    return max(int(limit) - int(used) + reclaimable, 0)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of the Windows API."""
+
+    _fields_ = (
+        ("dwLength", ctypes.c_uint32),
+        ("dwMemoryLoad", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("ullTotalPhys", "ullAvailPhys", "ullTotalPageFile", "ullAvailPageFile")),
+        *((name, ctypes.c_uint64) for name in ("ullTotalVirtual", "ullAvailVirtual", "ullAvailExtendedVirtual")),
+    )
+
+
+def _available_on_windows() -> int:
+    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined, unused-ignore]
+    return int(status.ullAvailPhys)

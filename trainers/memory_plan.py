@@ -1,0 +1,266 @@
+"""Chooses how a model is kept and run on a machine, and says what that takes and why.
+
+Every arrangement that there is gets a price, in bytes and in seconds; of those that fit, the quickest is taken, and of equals the
+one that does least. What is predicted is the most that PyTorch allocates at once (`torch.cuda.max_memory_allocated`); what of
+the device stays free besides is `reserve_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from .errors import Problem
+from .job import Job, MemorySpec
+from .machine import GIB, Machine
+from .memory_trace import ModelBytes, StepShape, StepTrace, Work
+from .offload.arrangement import Arrangement
+from .offload.placement import Placement, place
+
+MIB = 2**20
+
+WORKSPACE_BYTES = 40 * MIB
+"""cuBLAS keeps 32 MiB on Hopper and 8 elsewhere for its stream; a little more for index tensors and norms."""
+ROUNDING = 0.06
+"""Share of what comes and goes that the caching allocator cannot use again: sizes are rounded up (to 512 bytes, beyond 1 MiB to 2
+MiB), and free pieces lie between others. A stated guess: it depends on the order of sizes, and needs a card to be measured."""
+HOST_PROCESS_BYTES = 3 * GIB
+"""What Python, PyTorch and CUDA's libraries take of the host for themselves."""
+STAGING_BYTES = GIB // 2
+"""Pinned buffers through which a mapped file goes to the card: bounded."""
+ATTENTION_EFFICIENCY = 0.6
+"""Of the rate of a large matrix product: flash attention 2 reaches some 70 % forward and 55 % backward on an A100 (its table 1)."""
+PRODUCT_EFFICIENCY = 0.85
+"""Of the measured rate: products of a model are smaller than the measured one, and there is a LoRA of two thin ones beside each."""
+NEARLY_EQUAL = 1.02
+"""Arrangements within two percent of the quickest step count as equally quick."""
+CHUNKS = (1, 2, 4, 8)
+
+
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw_kahan": 6.0, "prodigy": 16.0}
+"""Of an optimizer's state for each trained number: two float32; two of 8 bits with a scale for 256; three bf16; four float32."""
+
+
+class Traced(Protocol):
+    """Answers what a step takes, shape by shape and arrangement by arrangement. Where weights are does not matter to it."""
+
+    @property
+    def model(self) -> ModelBytes: ...
+
+    @property
+    def shape(self) -> StepShape:
+        """The largest batch of the job."""
+
+    def step(self, shape: StepShape, arrangement: Arrangement) -> StepTrace: ...
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an arrangement takes: bytes of the device and of the host's memory, and seconds.
+
+    `device_bytes` is predicted to be allocated at the most: `weights_bytes` and `trained_bytes` (LoRA and optimizer) always, the
+    rest while a step runs. `copy_seconds` go on beside `compute_seconds`, both of one forward and backward pass.
+    """
+
+    arrangement: Arrangement
+    placement: Placement
+    weights_bytes: int
+    trained_bytes: int
+    step_bytes: int
+    host_bytes: int
+    compute_seconds: float
+    copy_seconds: float
+    step_seconds: float
+    unhindered_seconds: float
+    """Of a step, if nothing had to be waited for."""
+
+    @property
+    def device_bytes(self) -> int:
+        return self.weights_bytes + self.trained_bytes + self.step_bytes
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What must be free besides."""
+        return WORKSPACE_BYTES + int(ROUNDING * self.step_bytes)
+
+    def fits(self, machine: Machine) -> bool:
+        return self.device_bytes + self.reserve_bytes <= machine.free_bytes and self.host_bytes <= machine.ram_bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The arrangement of a run on a machine, and what it takes. `fits` False: it is the one that takes least, and too much."""
+
+    job: Job
+    machine: Machine
+    model: ModelBytes
+    price: Price
+    fits: bool
+
+    @property
+    def arrangement(self) -> Arrangement:
+        return self.price.arrangement
+
+
+def choose(job: Job, traced: Traced, machine: Machine) -> MemoryPlan:
+    """The quickest arrangement that fits; of those nearly as quick the one that does least.
+
+    What `memory.*` and `gradient_checkpointing` of the job say is kept to. When nothing fits, the plan of the least memory.
+    """
+    machine = machine.with_limits(job.memory.vram_gib, job.memory.ram_gib)
+    prices: list[Price] = []
+    for base in _arrangements(job, machine):
+        prices += _placed(job, traced, machine, base)
+        fitting = [price for price in prices if price.fits(machine)]
+        if fitting and min(price.step_seconds for price in fitting) <= NEARLY_EQUAL * prices[0].unhindered_seconds:
+            break  # no other way can be quicker than one that hides all copies
+    if not fitting:
+        least = min(prices, key=lambda price: max(price.device_bytes - machine.free_bytes, price.host_bytes - machine.ram_bytes))
+        return MemoryPlan(job, machine, traced.model, least, fits=False)
+    quickest = min(price.step_seconds for price in fitting)
+    price = next(price for price in fitting if price.step_seconds <= NEARLY_EQUAL * quickest)
+    return MemoryPlan(job, machine, traced.model, price, fits=True)
+
+
+def _arrangements(job: Job, machine: Machine) -> Iterator[Arrangement]:
+    """Every way to run the blocks, what does least first; where their weights are is left open."""
+    compiled = job.speed.compile
+    if not job.gradient_checkpointing or (job.method == "full" and machine.device != "cuda"):
+        yield Arrangement(checkpointing=job.gradient_checkpointing, compile=compiled)
+        return
+    on_card, spec = machine.device == "cuda", job.memory
+    places: tuple[Literal["device", "host"], ...] = ("device", "host") if spec.activations == "auto" else (spec.activations,)
+    for chunks in (CHUNKS if on_card else (1,)) if spec.chunks is None else (spec.chunks,):
+        for activations in places if on_card or spec.activations != "auto" else ("device",):
+            yield Arrangement(activations=activations, chunks=chunks, compile=compiled)
+
+
+def _placed(job: Job, traced: Traced, machine: Machine, base: Arrangement) -> Iterator[Price]:
+    """The arrangement with all weights on the device, or else with as few of them streamed as the device allows."""
+    spec, blocks, step = job.memory, traced.model.blocks, traced.step(traced.shape, base)
+    can_stream = base.checkpointing and sum(blocks) > 0 and (machine.device == "cuda" or spec.stream == "always")
+    if spec.stream != "always" or not can_stream:
+        resident = _priced(job, traced.model, machine, base, step)
+        yield resident
+        if not can_stream or spec.stream == "never" or resident.device_bytes + resident.reserve_bytes <= machine.free_bytes:
+            return
+    nothing = _priced(job, traced.model, machine, replace(base, weights_bytes=0), step)
+    left = machine.free_bytes - nothing.device_bytes - nothing.reserve_bytes + nothing.placement.device_bytes
+    budget = 0 if spec.stream == "always" else max(left, 0)
+    hosts: tuple[Literal["pinned", "mapped"], ...] = ("pinned", "mapped") if spec.host == "auto" else (spec.host,)
+    for host in hosts:
+        yield _priced(job, traced.model, machine, replace(base, weights_bytes=budget, host=host), step)
+
+
+def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangement, step: StepTrace) -> Price:
+    placement = place(model.blocks, arrangement.weights_bytes)
+    streamed = sum(model.blocks[index] for index in placement.streamed)
+    on_host = arrangement.activations == "host"
+    host = HOST_PROCESS_BYTES + 4 * model.parameters * model.trained + (step.inputs_bytes if on_host else 0)
+    if placement.streamed:
+        host += streamed if arrangement.host == "pinned" else STAGING_BYTES
+    rate = _weights_rate(machine, arrangement, model, host)
+    way = placement.copied_per_way * placement.slot_bytes / rate if placement.streamed else 0.0
+    inputs = step.inputs_bytes / machine.copy_rate if on_host else 0.0
+    forward, backward = (_seconds(work, machine) for work in (step.forward, step.backward))
+    side_by_side = max(forward, way, inputs) + max(backward, way + inputs)
+    one_pass = forward + backward + 2 * way + inputs if placement.slots == 1 else side_by_side
+    updated = model.parameters * (16 + 2 * OPTIMIZER_BYTES[job.optimizer.kind]) / machine.memory_rate
+    from_file = _weights_rate(machine, replace(arrangement, host="mapped"), model, host)
+    change = (placement.device_bytes + model.beside) / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
+    return Price(
+        arrangement,
+        placement,
+        weights_bytes=placement.device_bytes + model.beside,
+        trained_bytes=int(model.parameters * model.trained * (4 + OPTIMIZER_BYTES[job.optimizer.kind])),
+        step_bytes=max(step.peak_bytes, 2 * 4 * model.parameters),
+        host_bytes=host,
+        compute_seconds=forward + backward,
+        copy_seconds=2 * way + 2 * inputs,
+        step_seconds=job.accumulation * one_pass + updated + change,
+        unhindered_seconds=job.accumulation * (forward + backward) + updated + change,
+    )
+
+
+def _weights_rate(machine: Machine, arrangement: Arrangement, model: ModelBytes, host_bytes: int) -> float:
+    """Bytes per second at which weights come to the device: from pinned memory, from a file in memory, or from the disk."""
+    if arrangement.weights_bytes is not None and arrangement.host == "pinned":
+        return machine.copy_rate
+    cached = host_bytes + sum(model.blocks) <= machine.ram_bytes
+    return min(machine.copy_rate, machine.host_copy_rate if cached else machine.disk_rate)
+
+
+def _seconds(work: Work, machine: Machine) -> float:
+    """How long the device computes: matrix products, attention, and what only reads and writes memory, one after the other."""
+    products = work.product_flops / (PRODUCT_EFFICIENCY * machine.flops_rate)
+    attention = work.attention_flops / (ATTENTION_EFFICIENCY * machine.flops_rate)
+    return products + attention + work.moved_bytes / machine.memory_rate
+
+
+def too_large(plan: MemoryPlan, traced: Traced) -> Problem:
+    """What is wrong when nothing fits, and what would: less of one thing at a time."""
+    price, machine, job = plan.price, plan.machine, plan.job
+    needed, free = price.device_bytes + price.reserve_bytes, machine.free_bytes
+    where = f"{machine.name} has {free / GIB:.1f} GiB for it"
+    if needed <= free:
+        needed, free, where = price.host_bytes, machine.ram_bytes, f"{machine.ram_bytes / GIB:.1f} GiB of the machine's memory are free"
+    remedies = list(_remedies(plan, traced))
+    remedy = f"Use {' or '.join(remedies)}." if remedies else "Use a smaller model, or a larger card."
+    return Problem(f"the largest batch of {job.name} takes {needed / GIB:.1f} GiB at the least", where, remedy)
+
+
+def _remedies(plan: MemoryPlan, traced: Traced) -> Iterator[str]:
+    """Sentences' parts: each change alone makes it fit."""
+    job, shape = plan.job, traced.shape
+
+    def fits(changed: Job, smaller: StepShape = shape, model: ModelBytes = traced.model) -> bool:
+        return choose(changed, _Other(traced, model, smaller), plan.machine).fits
+
+    free = job.model_copy(update={"memory": MemorySpec(vram_gib=job.memory.vram_gib, ram_gib=job.memory.ram_gib)})
+    if free != job.model_copy(update={"memory": free.memory}) or not job.gradient_checkpointing:
+        relaxed = free.model_copy(update={"gradient_checkpointing": True})
+        if fits(relaxed):
+            yield 'gradient_checkpointing = true and memory.* as the plan chooses ("auto")'
+            return
+    if shape.batch_size > 1 and fits(job, replace(shape, batch_size=1)):
+        yield "batch_size 1 with more accumulation"
+    channels, frames, height, width = shape.latents_CFHW
+    smaller_clips = [(channels, count, height, width) for count in _halves(frames)]
+    if found := next((size for size in smaller_clips if fits(job, _of_size(shape, size))), None):
+        yield f"clips of at most {found[1]} latent frames (now {frames})"
+    smaller_pictures = [(channels, frames, int(height * by) // 2 * 2, int(width * by) // 2 * 2) for by in (0.8, 0.6, 0.5, 0.4, 0.25)]
+    if found := next((size for size in smaller_pictures if min(size) > 1 and fits(job, _of_size(shape, size))), None):
+        yield f"{found[2] / height:.0%} of the width and height"
+    for name, bytes_each in (("fp8", 1.0), ("nf4", 0.6)) if job.memory.quantise == "none" and not job.lora.dora else ():
+        packed = replace(traced.model, blocks=tuple(int(size * bytes_each / 2) for size in traced.model.blocks))
+        if fits(job, model=packed):
+            yield f'memory.quantise = "{name}"'
+            break
+    if job.lora.rank > 4 and fits(job, model=replace(traced.model, parameters=traced.model.parameters * 4 // job.lora.rank)):
+        yield "lora.rank 4"
+
+
+def _halves(count: int) -> list[int]:
+    """Smaller counts, down to 1."""
+    return [value for value in (count * 3 // 4, count // 2, count // 3, count // 4, 1) if 0 < value < count]
+
+
+def _of_size(shape: StepShape, latents_CFHW: tuple[int, int, int, int]) -> StepShape:
+    """The shape with other latents; what has the shape of latents changes with them."""
+    extras = {
+        kind: (size[0], min(size[1], latents_CFHW[1]), *latents_CFHW[2:]) if len(size) == 4 else size for kind, size in shape.extras.items()
+    }
+    return replace(shape, latents_CFHW=latents_CFHW, extras=extras)
+
+
+@dataclass(frozen=True)
+class _Other:
+    """The same transformer with another largest batch, or other bytes."""
+
+    traced: Traced
+    model: ModelBytes
+    shape: StepShape
+
+    def step(self, shape: StepShape, arrangement: Arrangement) -> StepTrace:
+        return self.traced.step(shape, arrangement)

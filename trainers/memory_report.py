@@ -1,0 +1,101 @@
+"""A plan of memory in words, and as plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .machine import GIB
+from .memory_plan import MemoryPlan
+
+
+def report(plan: MemoryPlan, run_seconds: float) -> list[str]:
+    """What the plan takes and how long the whole run is, then what was chosen and why."""
+    price, machine = plan.price, plan.machine
+    rates = "measured" if machine.measured else "assumed, not measured"
+    return [
+        f"{price.device_bytes / GIB:.1f} GiB of {_where(plan)} at the most: weights {price.weights_bytes / GIB:.1f}, "
+        f"LoRA and optimizer {price.trained_bytes / GIB:.1f}, the largest step {price.step_bytes / GIB:.1f}; "
+        f"{price.reserve_bytes / GIB:.1f} more must be free, {machine.free_bytes / GIB:.1f} are",
+        f"{price.host_bytes / GIB:.1f} GiB of the machine's memory; {machine.ram_bytes / GIB:.1f} are free",
+        f"{seconds(price.step_seconds)} a step of the largest clips, about {seconds(run_seconds)} for the whole run "
+        f"({machine.flops_rate / 1e12:.3g} TFLOPS and {machine.copy_rate / 1e9:.3g} GB/s to it, {rates})",
+        *reasons(plan),
+    ]
+
+
+def _where(plan: MemoryPlan) -> str:
+    return plan.machine.name if plan.machine.device == "cpu" else f"{plan.machine.name} ({plan.machine.total_bytes / GIB:.0f} GiB)"
+
+
+def reasons(plan: MemoryPlan) -> list[str]:
+    """What was chosen and why, a sentence for each."""
+    price, chosen = plan.price, plan.arrangement
+    placement, blocks = price.placement, len(plan.model.blocks)
+    if placement.streamed:
+        gib = sum(plan.model.blocks[index] for index in placement.streamed) / GIB
+        waits = "in pinned memory" if chosen.host == "pinned" else "in the mapped file"
+        text = f"{len(placement.streamed)} of {blocks} blocks ({gib:.1f} GiB) wait {waits} and come when they are used"
+        found = [f"{text}, {_told(plan, 'stream') or 'because the rest of the card is needed for the step'}; {_hidden(plan)}."]
+    else:
+        found = [f"All weights stay on the device, {_told(plan, 'stream') or 'because they fit'}."]
+    if chosen.activations == "host":
+        found.append(f"The inputs of blocks wait in pinned memory, {_told(plan, 'activations') or 'which leaves room on the card'}.")
+    if chosen.chunks > 1:
+        found.append(
+            f"Feed-forwards are computed in {chosen.chunks} parts, {_told(plan, 'chunks') or 'which costs some time and leaves room'}."
+        )
+    if not chosen.checkpointing:
+        found.append("Nothing is computed twice, because the job says gradient_checkpointing = false.")
+    return found
+
+
+def _told(plan: MemoryPlan, field: str) -> str | None:
+    value = getattr(plan.job.memory, field)
+    return None if value in ("auto", None) else f"because the job says memory.{field} = {value!r}"
+
+
+def _hidden(plan: MemoryPlan) -> str:
+    price = plan.price
+    copies, computing = seconds(price.copy_seconds), seconds(price.compute_seconds)
+    if price.step_seconds <= 1.02 * price.unhindered_seconds:
+        return f"their copies ({copies}) hide behind the computing ({computing})"
+    lost = price.step_seconds / price.unhindered_seconds - 1
+    return f"copies ({copies}) are not hidden by the computing ({computing}), a step takes {lost:.0%} longer"
+
+
+def seconds(value: float) -> str:
+    """A time as people say it."""
+    if value < 120:
+        return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.0f} minutes" if value < 7200 else f"{value / 3600:.1f} hours"
+
+
+def as_values(plan: MemoryPlan, run_seconds: float) -> dict[str, Any]:
+    """The same as plain values: bytes and seconds."""
+    price, machine, chosen = plan.price, plan.machine, plan.arrangement
+    return {
+        "fits": plan.fits,
+        "machine": {
+            "name": machine.name,
+            "measured": machine.measured,
+            "free_bytes": machine.free_bytes,
+            "ram_bytes": machine.ram_bytes,
+            "flops_per_second": machine.flops_rate,
+            "copy_bytes_per_second": machine.copy_rate,
+        },
+        "device_bytes": price.device_bytes,
+        "reserve_bytes": price.reserve_bytes,
+        "weights_bytes": price.weights_bytes,
+        "trained_bytes": price.trained_bytes,
+        "step_bytes": price.step_bytes,
+        "host_bytes": price.host_bytes,
+        "step_seconds": price.step_seconds,
+        "run_seconds": run_seconds,
+        "streamed_blocks": len(price.placement.streamed),
+        "blocks": len(plan.model.blocks),
+        "host": chosen.host,
+        "activations": chosen.activations,
+        "checkpointing": chosen.checkpointing,
+        "chunks": chosen.chunks,
+        "reasons": reasons(plan),
+    }
