@@ -205,7 +205,7 @@ def _told(run: Run, how: HowFound, plan: MemoryPlan | None) -> str:
         "attached": f"{run.name}: is already training, {steps} done",
         "done": f"{run.name}: was trained already, {steps} done. Change a setting or the name to train another",
     }[how]
-    memory = f"\nMemory: {summary(plan)}" if plan and how in ("created", "resumed") else ""
+    memory = f"\nThe plan, with nothing else on the card: {summary(plan)}" if plan and how in ("created", "resumed") else ""
     return f"{what}.\nLoRA files: {Path(run.job.loras_folder).name}/{run.name}\nProgress: the Video Trainer tab in the sidebar.{memory}"
 
 

@@ -41,11 +41,14 @@ def plan_memory(
     Raises JobError when nothing fits on a card, with what would.
     """
     machine = machine or this_machine(device, dtype)
-    with torch.inference_mode(False), torch.enable_grad():  # in which ComfyUI's nodes run; a step is traced with its backward pass
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):  # ComfyUI's nodes ask under inference_mode
         traced = JobTrace.of(job, detection, samples, machine, dtype)
         plan = choose(job, traced, machine)
-    if not plan.fits and machine.device == "cuda":
-        raise JobError(too_large(plan, traced))
+        if not plan.fits and machine.device == "cuda":
+            raise JobError(too_large(plan, traced))
     return plan
 
 

@@ -24,8 +24,8 @@ def report(plan: MemoryPlan, run_seconds: float) -> list[str]:
 
 
 def summary(plan: MemoryPlan) -> str:
-    """What the plan takes of the device, and what was chosen."""
-    return f"At the most {plan.price.device_bytes / GIB:.1f} GiB of {_where(plan)}. {' '.join(reasons(plan))}"
+    """What the plan takes of the device, and what was chosen and why, to follow a colon."""
+    return f"at the most {plan.price.device_bytes / GIB:.1f} GiB of {_where(plan)}. {' '.join(reasons(plan))}"
 
 
 def _where(plan: MemoryPlan) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.trainers.tiny import tiny_job
-from trainers import preflight
+from trainers import memory_plan, preflight
 from trainers.errors import JobError
 from trainers.job import Job
 from trainers.machine import Machine, card_of
@@ -33,11 +33,12 @@ def test_a_job_that_fits_comes_with_its_plan(job: Job, monkeypatch: pytest.Monke
     assert kept == hand_over(job)
     assert plan
     assert plan.price.device_bytes > 2**20
-    assert summary(plan) == "At the most 0.0 GiB of RTX 4090 (24 GiB). All weights stay on the device, because they fit."
+    assert summary(plan) == "at the most 0.0 GiB of RTX 4090 (24 GiB). All weights stay on the device, because they fit."
 
 
 def test_one_that_cannot_fit_says_so_with_a_remedy(job: Job, monkeypatch: pytest.MonkeyPatch):
     _with_card(monkeypatch, card_of("RTX 4090", None).machine(32, vram_gib=0.52))
+    monkeypatch.setattr(memory_plan, "CHUNKS", (1,))  # every remedy is tried with all of them
     with torch.inference_mode(), pytest.raises(JobError, match=r"The job \S+ cannot run: the largest batch .* at the least"):
         planned(job)
 
