@@ -170,7 +170,8 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
     one_pass = forward + backward + 2 * way + inputs if placement.slots == 1 else side_by_side
     updated = model.parameters * (16 + 2 * OPTIMIZER_BYTES[job.optimizer.kind]) / machine.memory_rate
     from_file = _weights_rate(machine, replace(arrangement, host="mapped"), model, host)
-    change = (placement.device_bytes + model.beside) / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
+    read_anew = placement.device_bytes + model.beside + (streamed if arrangement.host == "pinned" else 0)
+    change = read_anew / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
     return Price(
         arrangement,
         placement,

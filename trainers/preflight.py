@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from .adherence import find_clip_problems
 from .attention import check_attention
@@ -135,6 +139,7 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
     yield from quantise_problems(job)
+    yield from _compile_problems(job)
     checks: list[Callable[[], object]] = [
         lambda: _check_device(job),
         lambda: check_optimizer(job),
@@ -148,6 +153,21 @@ def _setting_problems(job: Job, started: bool, family: Family | None = None) -> 
             attempt()
         except VideoTrainerError as error:
             yield from _problems("", error)
+
+
+def _compile_problems(job: Job) -> Iterator[Problem]:
+    """Why blocks cannot be compiled here."""
+    if not job.speed.compile:
+        return
+    if job.lora.dropout:
+        rule = "a block is computed twice, and compiled it is not known to draw the same both times"
+        yield Problem(f"speed.compile is true, lora.dropout is {job.lora.dropout:g}", rule, "Set one of them to its default.")
+    on_card = job.device.startswith("cuda") or (job.device == "auto" and torch.cuda.is_available())
+    if on_card and importlib.util.find_spec("triton") is None:
+        remedy = "Install it (pip install triton; on Windows triton-windows), or set speed.compile to false."
+        yield Problem("speed.compile is true", "compiling for a card needs the package triton", remedy)
+    elif not on_card and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        yield Problem("speed.compile is true", "compiling for a CPU needs a C++ compiler", "Install one, or set speed.compile to false.")
 
 
 def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> Iterator[Problem]:
