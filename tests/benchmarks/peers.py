@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def run_peer(case: Case, model: Path, size: tuple[int, int, int], folder: Path, 
     failed: list[dict[str, Any]] = []
     for settings in case.settings:
         command = musubi_command(checkout, model, dataset, folder / "runs", settings, case.warm_up + case.steps)
-        found = _followed([sys.executable, "-c", CAPPED, str(case.cap_gib or 0), *command], musubi_environment(checkout))
+        found = _followed([sys.executable, "-c", CAPPED, str(case.cap_gib or 0), *command], musubi_environment(checkout, folder))
         if len(found["moments"]) >= FEWEST_STEPS:
             each = [later - earlier for earlier, later in zip(found["moments"], found["moments"][1:], strict=False)]
             peak = {f"peak_{name}_gib": float(value) for name, value in re.findall(r"(reserved|allocated) ([\d.]+)", found["peak"])}
@@ -56,8 +57,13 @@ def run_peer(case: Case, model: Path, size: tuple[int, int, int], folder: Path, 
     raise RuntimeError(f"no settings trained: {failed}")
 
 
-def musubi_environment(checkout: Path) -> dict[str, str]:
+def musubi_environment(checkout: Path, folder: Path) -> dict[str, str]:
+    """Its own modules can be imported; PyAV, imported and not used with cached clips, is empty where it is missing."""
     paths = [str(checkout / "src"), str(checkout / "src" / "musubi_tuner"), os.environ.get("PYTHONPATH", "")]
+    if find_spec("av") is None:
+        (folder / "stand_ins").mkdir(parents=True, exist_ok=True)
+        (folder / "stand_ins" / "av.py").write_text("")
+        paths.append(str(folder / "stand_ins"))
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
