@@ -263,7 +263,7 @@ def start(folder: Path) -> dict[str, Any]:
         job = job_of_many(folder / str(clips), clips)
         (folder / str(clips) / "job.json").write_text(job.canonical_json())
         command = [sys.executable, __file__, "--started", str(folder / str(clips) / "job.json")]
-        runs = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for _ in range(3)]
+        runs = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for _ in range(2)]
         found[str(clips)] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     many, few = found["10000"], found["4"]
     more = {f"more_{name}": many[name] - few[name] for name in many}

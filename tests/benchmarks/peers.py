@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -112,27 +112,14 @@ def _followed(command: list[str], environment: Mapping[str, str]) -> dict[str, A
     """Runs a command and watches its progress bar; the moment of each step's end, the last line about memory, the end of its output."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(environment))
     assert process.stdout is not None
-    reached, moments, output = 0, [], []
-    for line in _lines(process.stdout):
-        output.append(line)
-        print(line, flush=True)
-        step = re.search(r"steps:.*?\s(\d+)/\d+ \[", line)
-        if step and int(step[1]) != reached:
-            reached = int(step[1])
-            if reached:
-                moments.append(time.perf_counter())
+    reached, moments, output = 0, [], ""
+    while part := os.read(process.stdout.fileno(), 1 << 16):
+        output += part.decode(errors="replace")
+        print(part.decode(errors="replace"), end="", flush=True)
+        steps = re.findall(r"steps:[^\r\n]*?\s(\d+)/\d+ \[", output[-2000:])
+        if steps and int(steps[-1]) != reached:
+            reached = int(steps[-1])
+            moments.append(time.perf_counter())
     process.wait()
-    peak = next((line for line in reversed(output) if line.startswith("PEAK")), "")
-    return {"moments": moments, "peak": peak, "end": "\n".join(output)[-800:]}
-
-
-def _lines(stream: Any) -> Iterator[str]:
-    """What ends with a line break or a carriage return (a progress bar), as it comes."""
-    line = b""
-    while byte := stream.read1(1) if hasattr(stream, "read1") else stream.read(1):
-        if byte in b"\r\n":
-            yield line.decode(errors="replace")
-            line = b""
-        else:
-            line += byte
-    yield line.decode(errors="replace")
+    peak = next((line for line in reversed(output.splitlines()) if line.startswith("PEAK")), "")
+    return {"moments": moments, "peak": peak, "end": output[-800:]}
