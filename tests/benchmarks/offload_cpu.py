@@ -73,11 +73,11 @@ def opened(folder: Path, shape: TinyShape, **fields: Any) -> Training:
     return open_training(Run.create(tiny_job(folder, shape, **fields)))
 
 
-def overhead(folder: Path, rounds: int = 7) -> dict[str, Any]:
+def overhead(folder: Path, rounds: int = 5) -> dict[str, Any]:
     """Processor seconds of a step: streamed from both kinds of host memory, resident, and unmodified diffusers + peft."""
     from step_overhead import bare_loop
 
-    shape = TinyShape(layers=12, width=512, ffn=2048, height=128, width_pixels=128, num_frames=17)
+    shape = TinyShape(layers=12, width=384, ffn=1536, height=96, width_pixels=96, num_frames=17)
     training = opened(folder, shape)
     residency = training.learners[0].residency
     bare = bare_loop(training.job, shape, training.device, training.dtype)
@@ -263,7 +263,7 @@ def start(folder: Path) -> dict[str, Any]:
         job = job_of_many(folder / str(clips), clips)
         (folder / str(clips) / "job.json").write_text(job.canonical_json())
         command = [sys.executable, __file__, "--started", str(folder / str(clips) / "job.json")]
-        runs = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for _ in range(3)]
+        runs = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for _ in range(2)]
         found[str(clips)] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     many, few = found["10000"], found["4"]
     more = {f"more_{name}": many[name] - few[name] for name in many}

@@ -12,7 +12,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def run_peer(case: Case, model: Path, size: tuple[int, int, int], folder: Path, 
     failed: list[dict[str, Any]] = []
     for settings in case.settings:
         command = musubi_command(checkout, model, dataset, folder / "runs", settings, case.warm_up + case.steps)
-        found = _followed([sys.executable, "-c", CAPPED, str(case.cap_gib or 0), *command], musubi_environment(checkout))
+        found = _followed([sys.executable, "-c", CAPPED, str(case.cap_gib or 0), *command], musubi_environment(checkout, folder))
         if len(found["moments"]) >= FEWEST_STEPS:
             each = [later - earlier for earlier, later in zip(found["moments"], found["moments"][1:], strict=False)]
             peak = {f"peak_{name}_gib": float(value) for name, value in re.findall(r"(reserved|allocated) ([\d.]+)", found["peak"])}
@@ -56,8 +57,13 @@ def run_peer(case: Case, model: Path, size: tuple[int, int, int], folder: Path, 
     raise RuntimeError(f"no settings trained: {failed}")
 
 
-def musubi_environment(checkout: Path) -> dict[str, str]:
+def musubi_environment(checkout: Path, folder: Path) -> dict[str, str]:
+    """Its own modules can be imported; PyAV, imported and not used with cached clips, is empty where it is missing."""
     paths = [str(checkout / "src"), str(checkout / "src" / "musubi_tuner"), os.environ.get("PYTHONPATH", "")]
+    if find_spec("av") is None:
+        (folder / "stand_ins").mkdir(parents=True, exist_ok=True)
+        (folder / "stand_ins" / "av.py").write_text("")
+        paths.append(str(folder / "stand_ins"))
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
@@ -106,27 +112,14 @@ def _followed(command: list[str], environment: Mapping[str, str]) -> dict[str, A
     """Runs a command and watches its progress bar; the moment of each step's end, the last line about memory, the end of its output."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(environment))
     assert process.stdout is not None
-    reached, moments, output = 0, [], []
-    for line in _lines(process.stdout):
-        output.append(line)
-        print(line, flush=True)
-        step = re.search(r"steps:.*?\s(\d+)/\d+ \[", line)
-        if step and int(step[1]) != reached:
-            reached = int(step[1])
-            if reached:
-                moments.append(time.perf_counter())
+    reached, moments, output = 0, [], ""
+    while part := os.read(process.stdout.fileno(), 1 << 16):
+        output += part.decode(errors="replace")
+        print(part.decode(errors="replace"), end="", flush=True)
+        steps = re.findall(r"steps:[^\r\n]*?\s(\d+)/\d+ \[", output[-2000:])
+        if steps and int(steps[-1]) != reached:
+            reached = int(steps[-1])
+            moments.append(time.perf_counter())
     process.wait()
-    peak = next((line for line in reversed(output) if line.startswith("PEAK")), "")
-    return {"moments": moments, "peak": peak, "end": "\n".join(output)[-800:]}
-
-
-def _lines(stream: Any) -> Iterator[str]:
-    """What ends with a line break or a carriage return (a progress bar), as it comes."""
-    line = b""
-    while byte := stream.read1(1) if hasattr(stream, "read1") else stream.read(1):
-        if byte in b"\r\n":
-            yield line.decode(errors="replace")
-            line = b""
-        else:
-            line += byte
-    yield line.decode(errors="replace")
+    peak = next((line for line in reversed(output.splitlines()) if line.startswith("PEAK")), "")
+    return {"moments": moments, "peak": peak, "end": output[-800:]}

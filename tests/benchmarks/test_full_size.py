@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import full_size  # first: it says where the others are
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).parent / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "trainers")]
-
-import full_size
 from cases import CASES, case_of
 from full_size_files import full_size as model_of
 from full_size_files import model_names
