@@ -1,11 +1,11 @@
-"""Schemas that every supported ComfyUI accepts.
+"""Schemas that every supported ComfyUI accepts, and inputs that fill a field of a job.
 
 One keyword that a ComfyUI does not know would keep the whole pack from loading: unknown ones are left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from comfy_api.latest import io
@@ -31,3 +31,17 @@ def schema(name: str, display_name: str, description: str, inputs: list[Any], ou
         **more,
     }
     return io.Schema(**{key: value for key, value in values.items() if key in _KNOWN})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An input and the job's field ("lora.rank") of its value. The value `unset` stands for None."""
+
+    field: str
+    input: Any
+    unset: Any = None
+
+
+def folded(field: str, kind: Any, id: str, unset: Any = None, **more: Any) -> Setting:
+    """A setting that most people leave alone."""
+    return Setting(field, kind.Input(id, optional=True, extra_dict=ADVANCED, **more), unset)

@@ -6,26 +6,17 @@ The order is a promise: saved workflows hold values by their place. New settings
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from comfy_api.latest import io
 
-from .schema import ADVANCED
-
-
-@dataclass(frozen=True)
-class Setting:
-    """An input and the job's field ("lora.rank") of its value. The value `unset` stands for None."""
-
-    field: str
-    input: Any
-    unset: Any = None
+from .machine_settings import machine, memory, speed
+from .schema import Setting, folded
 
 
 def settings() -> tuple[Setting, ...]:
     """Every setting, the main ones first."""
-    groups = (_main, _length, _adapter, _optimizer, _noise, _keeping, _machine, _start, _experts, _later, _conditions)
+    groups = (_main, _length, _adapter, _optimizer, _noise, _keeping, machine, _start, _experts, _later, _conditions, memory, speed)
     return tuple(setting for group in groups for setting in group())
 
 
@@ -106,15 +97,10 @@ def _main() -> tuple[Setting, ...]:
     )
 
 
-def _folded(field: str, kind: Any, id: str, unset: Any = None, **more: Any) -> Setting:
-    """A setting that most people leave alone."""
-    return Setting(field, kind.Input(id, optional=True, extra_dict=ADVANCED, **more), unset)
-
-
 def _length() -> tuple[Setting, ...]:
     """How long, and in which portions."""
     return (
-        _folded(
+        folded(
             "epochs",
             io.Int,
             "epochs",
@@ -124,7 +110,7 @@ def _length() -> tuple[Setting, ...]:
             tooltip="Passes over the data set instead of `steps`. 0: train `steps` steps.",
             unset=0,
         ),
-        _folded(
+        folded(
             "accumulation",
             io.Int,
             "accumulation",
@@ -139,7 +125,7 @@ def _length() -> tuple[Setting, ...]:
 def _adapter() -> tuple[Setting, ...]:
     """The shape of the LoRA."""
     return (
-        _folded(
+        folded(
             "lora.alpha",
             io.Float,
             "alpha",
@@ -150,7 +136,7 @@ def _adapter() -> tuple[Setting, ...]:
             tooltip="Strength of the LoRA is alpha / rank. 0: as the rank, strength 1.",
             unset=0,
         ),
-        _folded(
+        folded(
             "lora.targets",
             io.Combo,
             "targets",
@@ -158,7 +144,7 @@ def _adapter() -> tuple[Setting, ...]:
             default="attention+feed_forward",
             tooltip="Which layers learn. Attention alone gives smaller files that change less.",
         ),
-        _folded(
+        folded(
             "lora.dropout",
             io.Float,
             "lora_dropout",
@@ -174,7 +160,7 @@ def _adapter() -> tuple[Setting, ...]:
 def _optimizer() -> tuple[Setting, ...]:
     """How its weights move."""
     return (
-        _folded(
+        folded(
             "optimizer.kind",
             io.Combo,
             "optimizer",
@@ -182,7 +168,7 @@ def _optimizer() -> tuple[Setting, ...]:
             default="adamw",
             tooltip="adamw8bit needs the package bitsandbytes and less memory; prodigy needs prodigyopt and finds the rate itself.",
         ),
-        _folded(
+        folded(
             "optimizer.schedule",
             io.Combo,
             "schedule",
@@ -190,7 +176,7 @@ def _optimizer() -> tuple[Setting, ...]:
             default="constant",
             tooltip="The learning rate after the warm-up: constant, or down to zero at the last step.",
         ),
-        _folded(
+        folded(
             "optimizer.warmup_steps",
             io.Int,
             "warmup_steps",
@@ -199,7 +185,7 @@ def _optimizer() -> tuple[Setting, ...]:
             max=100_000,
             tooltip="Steps in which the learning rate rises from zero.",
         ),
-        _folded(
+        folded(
             "optimizer.weight_decay",
             io.Float,
             "weight_decay",
@@ -215,7 +201,7 @@ def _optimizer() -> tuple[Setting, ...]:
 def _noise() -> tuple[Setting, ...]:
     """What is drawn for each sample."""
     return (
-        _folded(
+        folded(
             "noise.distribution",
             io.Combo,
             "noise",
@@ -224,7 +210,7 @@ def _noise() -> tuple[Setting, ...]:
             tooltip="Which noise levels are trained: the middle ones most, all alike, or moved by `noise_shift`. "
             "High levels decide motion and layout, low ones detail.",
         ),
-        _folded(
+        folded(
             "noise.shift",
             io.Float,
             "noise_shift",
@@ -234,7 +220,7 @@ def _noise() -> tuple[Setting, ...]:
             step=0.5,
             tooltip="For the noise `shift`: above 1 trains the high levels more.",
         ),
-        _folded(
+        folded(
             "caption_dropout",
             io.Float,
             "caption_dropout",
@@ -250,7 +236,7 @@ def _noise() -> tuple[Setting, ...]:
 def _keeping() -> tuple[Setting, ...]:
     """What is measured and kept on the way."""
     return (
-        _folded(
+        folded(
             "held_out.every_steps",
             io.Int,
             "held_out_every",
@@ -259,7 +245,7 @@ def _keeping() -> tuple[Setting, ...]:
             max=1_000_000,
             tooltip="Steps between two measurements of the loss on the clips that the data set holds out. 0: never.",
         ),
-        _folded(
+        folded(
             "checkpoints.keep_last",
             io.Int,
             "keep_last",
@@ -271,46 +257,10 @@ def _keeping() -> tuple[Setting, ...]:
     )
 
 
-def _machine() -> tuple[Setting, ...]:
-    """What it runs on."""
-    return (
-        _folded(
-            "gradient_checkpointing",
-            io.Boolean,
-            "gradient_checkpointing",
-            default=True,
-            tooltip="Compute each block twice to need a fraction of the memory. About a third slower.",
-        ),
-        _folded(
-            "precision",
-            io.Combo,
-            "precision",
-            options=["auto", "bf16", "fp16", "fp32"],
-            default="auto",
-            tooltip="What the model computes in. auto: bf16 where the card has it.",
-        ),
-        _folded(
-            "device",
-            io.Combo,
-            "device",
-            options=["auto", "cpu", "cuda:0", "cuda:1", "cuda:2", "cuda:3"],
-            default="auto",
-            tooltip="Where to train. auto: the first CUDA card. Runs on one card wait for each other.",
-        ),
-        _folded(
-            "deterministic",
-            io.Boolean,
-            "deterministic",
-            default=False,
-            tooltip="The same bits every time on a CUDA card too, where PyTorch can; slower.",
-        ),
-    )
-
-
 def _start() -> tuple[Setting, ...]:
     """Where it starts when not from nothing."""
     return (
-        _folded(
+        folded(
             "start.initial_lora",
             io.String,
             "initial_lora",
@@ -318,7 +268,7 @@ def _start() -> tuple[Setting, ...]:
             tooltip="A LoRA file to start from, as a LoRA loader lists it or as a full path. Its rank must be the same.",
             unset="",
         ),
-        _folded(
+        folded(
             "start.extends",
             io.String,
             "extends",
@@ -333,7 +283,7 @@ def _start() -> tuple[Setting, ...]:
 def _experts() -> tuple[Setting, ...]:
     """Models of two experts (Wan 2.2 A14B)."""
     return (
-        _folded(
+        folded(
             "experts.train",
             io.Combo,
             "experts",
@@ -342,7 +292,7 @@ def _experts() -> tuple[Setting, ...]:
             tooltip="Wan 2.2 A14B: which of its two experts learns. Both take turns and get a LoRA each. "
             "With one file in Base Model, choose the expert that it is.",
         ),
-        _folded(
+        folded(
             "experts.turn_steps",
             io.Int,
             "expert_turn_steps",
@@ -351,7 +301,7 @@ def _experts() -> tuple[Setting, ...]:
             max=100_000,
             tooltip="Wan 2.2 A14B: steps of one expert before the other has its turn. Changing over takes some seconds.",
         ),
-        _folded(
+        folded(
             "experts.overlap",
             io.Float,
             "expert_overlap",
@@ -361,7 +311,7 @@ def _experts() -> tuple[Setting, ...]:
             step=0.01,
             tooltip="Wan 2.2 A14B: how far each expert learns beyond the noise level where samplers switch.",
         ),
-        _folded(
+        folded(
             "experts.learning_rate_low",
             io.Float,
             "learning_rate_low_noise",
@@ -379,7 +329,7 @@ def _experts() -> tuple[Setting, ...]:
 def _later() -> tuple[Setting, ...]:
     """What came after the first release."""
     return (
-        _folded(
+        folded(
             "lora.dora",
             io.Boolean,
             "dora",
@@ -393,7 +343,7 @@ def _later() -> tuple[Setting, ...]:
 def _conditions() -> tuple[Setting, ...]:
     """What is given besides text."""
     return (
-        _folded(
+        folded(
             "conditions",
             io.Float,
             "first_frame_probability",
@@ -405,7 +355,7 @@ def _conditions() -> tuple[Setting, ...]:
             "-1: as the model was trained. Text-to-video models cannot; image-to-video models always do.",
             unset=-1.0,
         ),
-        _folded(
+        folded(
             "guidance",
             io.Float,
             "guidance",

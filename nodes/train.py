@@ -14,7 +14,9 @@ from ..trainers.data.encoded import Encoded
 from ..trainers.errors import DatasetError, JobError, Problem, RunError
 from ..trainers.job import Job, parse_job
 from ..trainers.launch import last_log_lines, launch
-from ..trainers.plan import hand_over
+from ..trainers.memory_plan import MemoryPlan
+from ..trainers.memory_report import summary
+from ..trainers.plan import planned
 from ..trainers.preflight import check_settings
 from ..trainers.run import HowFound, Run, attach_or_create
 from ..trainers.run_status import RunStatus
@@ -81,13 +83,13 @@ class TrainLoRA(io.ComfyNode):
         comfyui_memory: str = FREE_CARD,
         **values: Any,
     ) -> io.NodeOutput:
-        job = hand_over(_job(base, encoded, previews, values))
+        job, plan = planned(_job(base, encoded, previews, values))
         run, how = attach_or_create(job)
         if how in ("created", "resumed"):
             if comfyui_memory != FREE_NOTHING:
                 host.free_memory(also_ram=comfyui_memory == FREE_ALL)
             launch(run)
-        shown = {"text": [_told(run, how)], "video_trainer_run": [run.name]}
+        shown = {"text": [_told(run, how, plan)], "video_trainer_run": [run.name]}
         return io.NodeOutput(RunFolder(str(run.folder)), ui=shown)
 
 
@@ -194,7 +196,7 @@ def _version(encoded: EncodedData, previews: PreviewSettings | None) -> Encoded:
     return version
 
 
-def _told(run: Run, how: HowFound) -> str:
+def _told(run: Run, how: HowFound, plan: MemoryPlan | None) -> str:
     status = run.status()
     steps = f"{status.step} of {status.total_steps or '?'} steps"
     what = {
@@ -203,7 +205,8 @@ def _told(run: Run, how: HowFound) -> str:
         "attached": f"{run.name}: is already training, {steps} done",
         "done": f"{run.name}: was trained already, {steps} done. Change a setting or the name to train another",
     }[how]
-    return f"{what}.\nLoRA files: {Path(run.job.loras_folder).name}/{run.name}\nProgress: the Video Trainer tab in the sidebar."
+    memory = f"\nThe plan, with nothing else on the card: {summary(plan)}" if plan and how in ("created", "resumed") else ""
+    return f"{what}.\nLoRA files: {Path(run.job.loras_folder).name}/{run.name}\nProgress: the Video Trainer tab in the sidebar.{memory}"
 
 
 def _wait(run: Run) -> RunStatus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 
 
 def go_offline() -> None:
@@ -18,3 +19,12 @@ def go_offline() -> None:
 def allow_determinism() -> None:
     """Call this before CUDA is used: cuBLAS repeats itself only with a workspace of fixed size (PyTorch's notes on randomness)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def use_memory_without_gaps() -> None:
+    """Call this before CUDA is used: the allocator then grows its pieces in place, and little lies free between them.
+
+    It is torch's `expandable_segments` (its notes on CUDA), which Windows has not. What the user set is left as it is.
+    """
+    if sys.platform == "linux" and not os.environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

@@ -164,8 +164,6 @@ def _setting_problems(job: Job) -> Iterator[Problem]:
         for field in type(default).model_fields:
             if getattr(given, field) != getattr(default, field):
                 yield Problem(f"{table}.{field} is {getattr(given, field)!r}", rule, 'Leave it out, or set method to "lora".')
-    if job.memory.quantise != "none":
-        yield Problem(f"memory.quantise is {job.memory.quantise}", "weights that are trained are not quantised", 'Set it to "none".')
     if job.memory.stream == "always":
         value, rule = "memory.stream is always", "weights that are trained stay on the card"
         yield Problem(value, rule, 'Set it to "auto".')

@@ -41,10 +41,11 @@ def plan_memory(
     Raises JobError when nothing fits on a card, with what would.
     """
     machine = machine or this_machine(device, dtype)
-    traced = JobTrace.of(job, detection, samples, machine, dtype)
-    plan = choose(job, traced, machine)
-    if not plan.fits and machine.device == "cuda":
-        raise JobError(too_large(plan, traced))
+    with torch.inference_mode(False), torch.enable_grad():  # ComfyUI's nodes ask otherwise
+        traced = JobTrace.of(job, detection, samples, machine, dtype)
+        plan = choose(job, traced, machine)
+        if not plan.fits and machine.device == "cuda":
+            raise JobError(too_large(plan, traced))
     return plan
 
 

@@ -16,6 +16,7 @@ from .job import Job, MemorySpec
 from .machine import GIB, Machine
 from .memory_trace import ModelBytes, StepShape, StepTrace, Work
 from .offload.arrangement import Arrangement
+from .offload.host import STAGING_BUFFERS, STAGING_LIMIT_BYTES
 from .offload.placement import Placement, place
 
 MIB = 2**20
@@ -27,8 +28,6 @@ ROUNDING = 0.06
 MiB), and free pieces lie between others. A stated guess: it depends on the order of sizes, and needs a card to be measured."""
 HOST_PROCESS_BYTES = 3 * GIB
 """What Python, PyTorch and CUDA's libraries take of the host for themselves."""
-STAGING_BYTES = GIB // 2
-"""Pinned buffers through which a mapped file goes to the card: bounded."""
 ATTENTION_EFFICIENCY = 0.6
 """Of the rate of a large matrix product: flash attention 2 reaches some 70 % forward and 55 % backward on an A100 (its table 1)."""
 PRODUCT_EFFICIENCY = 0.85
@@ -162,7 +161,7 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
     on_host = arrangement.activations == "host"
     host = HOST_PROCESS_BYTES + 4 * model.parameters * model.trained + (step.inputs_bytes if on_host else 0)
     if placement.streamed:
-        host += streamed if arrangement.host == "pinned" else STAGING_BYTES
+        host += streamed if arrangement.host == "pinned" else min(STAGING_BUFFERS * placement.slot_bytes, STAGING_LIMIT_BYTES)
     rate = _weights_rate(machine, arrangement, model, host)
     way = placement.copied_per_way * placement.slot_bytes / rate if placement.streamed else 0.0
     inputs = step.inputs_bytes / machine.copy_rate if on_host else 0.0
@@ -171,7 +170,8 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
     one_pass = forward + backward + 2 * way + inputs if placement.slots == 1 else side_by_side
     updated = model.parameters * (16 + 2 * OPTIMIZER_BYTES[job.optimizer.kind]) / machine.memory_rate
     from_file = _weights_rate(machine, replace(arrangement, host="mapped"), model, host)
-    change = (placement.device_bytes + model.beside) / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
+    read_anew = placement.device_bytes + model.beside + (streamed if arrangement.host == "pinned" else 0)
+    change = read_anew / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
     return Price(
         arrangement,
         placement,

@@ -23,6 +23,11 @@ def report(plan: MemoryPlan, run_seconds: float) -> list[str]:
     ]
 
 
+def summary(plan: MemoryPlan) -> str:
+    """What the plan takes of the device, and what was chosen and why, to follow a colon."""
+    return f"at the most {plan.price.device_bytes / GIB:.1f} GiB of {_where(plan)}. {' '.join(reasons(plan))}"
+
+
 def _where(plan: MemoryPlan) -> str:
     return plan.machine.name if plan.machine.device == "cpu" else f"{plan.machine.name} ({plan.machine.total_bytes / GIB:.0f} GiB)"
 

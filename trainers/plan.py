@@ -142,6 +142,11 @@ def hand_over(job: Job) -> Job:
 
     Raises JobError with every problem.
     """
+    return planned(job)[0]
+
+
+def planned(job: Job) -> tuple[Job, MemoryPlan | None]:
+    """`hand_over`, and the plan that `check` gives."""
     job = job.with_absolute_paths(Path.cwd())
     try:
         encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
@@ -150,8 +155,7 @@ def hand_over(job: Job) -> Job:
     except DatasetError:
         check(job)  # tells this problem with all the others
     run = run_of(job)
-    check(job, started=run is not None and run.latest_checkpoint() is not None)
-    return job
+    return job, check(job, started=run is not None and run.latest_checkpoint() is not None)
 
 
 def make_plan(job: Job, machine: Machine | None = None) -> Plan:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from .adherence import find_clip_problems
 from .attention import check_attention
@@ -23,32 +27,35 @@ from .job_memory import plan_memory
 from .lora import dora_problem
 from .lora_description import describe
 from .machine import empty_card
+from .memory_plan import MemoryPlan
 from .optimizers import check_optimizer
 from .quantise import check_quantiser, quantise_problems
 from .run import Run, find_run
 
 
-def check(job: Job, started: bool = False) -> None:
-    """Raises JobError with every problem of the job; returns when it can run.
+def check(job: Job, started: bool = False) -> MemoryPlan | None:
+    """Raises JobError with every problem of the job; when it can run, how it would on its card if nothing else were there.
 
-    A run that has `started` goes on from its own checkpoints: what it began with may be gone.
+    None: that is not known (no card, or all weights are trained). A run that has `started` goes on from its own
+    checkpoints: what it began with may be gone.
     """
-    if problems := list(find_problems(job, started)) or list(_memory_problems(job)):
+    if problems := list(find_problems(job, started)):
         raise JobError(problems, subject=f"The job {job.name} cannot run")
+    try:
+        return _plan_of_empty_card(job)
+    except JobError as error:
+        raise JobError(error.problems, subject=f"The job {job.name} cannot run") from None
 
 
-def _memory_problems(job: Job) -> Iterator[Problem]:
-    """Whether a job that is right otherwise fits on its card when nothing else is there. Reads headers, computes nothing."""
+def _plan_of_empty_card(job: Job) -> MemoryPlan | None:
+    """Reads headers, computes nothing. Raises JobError when the job does not fit."""
     device = pick_device(job)
     if device.type != "cuda" or job.method == "full":
-        return
+        return None
     dtype, encoded = DTYPES[pick_precision(job, device)], Encoded.open(Path(job.encoded), job.encoded_identity)
     detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
     samples = Samples.of(job, detection.family, detection.variant, encoded, 1, device, dtype)
-    try:
-        plan_memory(job, detection, samples, device, dtype, empty_card(device))
-    except JobError as error:
-        yield from error.problems
+    return plan_memory(job, detection, samples, device, dtype, empty_card(device))
 
 
 def check_settings(job: Job, started: bool = False) -> None:
@@ -132,6 +139,7 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
     yield from quantise_problems(job)
+    yield from _compile_problems(job)
     checks: list[Callable[[], object]] = [
         lambda: _check_device(job),
         lambda: check_optimizer(job),
@@ -145,6 +153,21 @@ def _setting_problems(job: Job, started: bool, family: Family | None = None) -> 
             attempt()
         except VideoTrainerError as error:
             yield from _problems("", error)
+
+
+def _compile_problems(job: Job) -> Iterator[Problem]:
+    """Why blocks cannot be compiled here."""
+    if not job.speed.compile:
+        return
+    if job.lora.dropout:
+        rule = "a block is computed twice, and compiled it is not known to draw the same both times"
+        yield Problem(f"speed.compile is true, lora.dropout is {job.lora.dropout:g}", rule, "Set one of them to its default.")
+    on_card = job.device.startswith("cuda") or (job.device == "auto" and torch.cuda.is_available())
+    if on_card and importlib.util.find_spec("triton") is None:
+        remedy = "Install it (pip install triton; on Windows triton-windows), or set speed.compile to false."
+        yield Problem("speed.compile is true", "compiling for a card needs the package triton", remedy)
+    elif not on_card and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        yield Problem("speed.compile is true", "compiling for a CPU needs a C++ compiler", "Install one, or set speed.compile to false.")
 
 
 def _data_problems(job: Job, encoded: Encoded, detection: Detection | None) -> Iterator[Problem]:

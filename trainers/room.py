@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from .data.order import MicroBatch
 from .errors import RunError
+from .family import IMAGE_TEXT
 from .flow import derived_seed
+from .memory_report import reasons
 from .offload.arrangement import Arrangement
 from .offload.placement import place
 from .predict import batch_loss
 from .residency import tighter
 
 if TYPE_CHECKING:
-    from .data.order import MicroBatch
+    from .data.cache import Cache
     from .training import Training
 
 Result = TypeVar("Result")
@@ -112,14 +115,19 @@ def meter_of(device: torch.device) -> Meter | None:
     return Meter(lambda: torch.cuda.reset_peak_memory_stats(device), lambda: torch.cuda.max_memory_reserved(device))
 
 
-def probe(training: Training, budget_bytes: int | None, meter: Meter | None = None) -> None:
+def probe(training: Training, budget_bytes: int | None = None, meter: Meter | None = None) -> None:
     """Runs the largest sample forward and back, without learning from it, and corrects how much of the model stays on the device.
 
-    Nothing of the training changes by it: gradients are dropped, and every step seeds its draws anew.
+    `budget_bytes` None: the plan's. Nothing of the training changes by it: gradients are dropped, and every step seeds its
+    draws anew. The run is told what was planned and what was found.
     """
     meter = meter or meter_of(training.device)
     if meter is None:
         return
+    if training.plan is not None:
+        budget_bytes = training.plan.machine.free_bytes if budget_bytes is None else budget_bytes
+        planned = f"{training.plan.price.device_bytes / _GIB:.1f} GiB are planned."
+        training.run.event("memory", step=training.step, message=" ".join([planned, *reasons(training.plan)]))
     meter.start()
     with_room(training, lambda: _try_largest(training))
     _drop_gradients(training)
@@ -154,11 +162,14 @@ def _try_largest(training: Training) -> None:
 
 def largest(training: Training) -> MicroBatch:
     """The largest micro-batch there is: of the bucket of most tokens, with the longest captions."""
-    from .data.order import MicroBatch
-
     items, encoded = training.samples.items, training.encoded
     spec = training.family.latent(training.variant)
     most = max(spec.tokens(item.num_frames, item.height, item.width) for item in items)
     clips = [index for index, item in enumerate(items) if spec.tokens(item.num_frames, item.height, item.width) == most]
-    clips = sorted(clips[:_LOOKED_AT], key=lambda index: encoded.cache.text_length(items[index].text), reverse=True)
+    clips = sorted(clips[:_LOOKED_AT], key=lambda index: _rows(encoded.cache, items[index].text), reverse=True)
     return MicroBatch(tuple(clips[: training.job.batch_size]), 0, 0)
+
+
+def _rows(cache: Cache, text: str) -> int:
+    """How many rows an encoded caption has."""
+    return cache.shapes(IMAGE_TEXT, text)["embeds_LD"][0]

@@ -1,7 +1,7 @@
 """One training run is one folder. Its names are a promise to users and to other programs:
 
     job.json             what was asked for; never changed
-    events.jsonl         {"time", "event", ...}: queued training checkpoint sample paused resumed stopped failed done
+    events.jsonl         {"time", "event", ...}: queued training checkpoint sample memory paused resumed stopped failed done
     metrics.jsonl        {"step", "loss", "lr", "seconds", ...}; the last line of a step counts
     control/             flag files `pause` and `stop`, looked at in every step
     checkpoints/         step-000500/, whole or not there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 State = Literal["new", "queued", "training", "paused", "stopped", "failed", "interrupted", "done"]
@@ -24,6 +25,7 @@ _STATE_OF_EVENT: Mapping[str, State] = {
 _ENDED = frozenset[State]({"new", "paused", "stopped", "failed", "done"})
 _STARTS = ("queued", "training", "resumed")
 _AVERAGED_STEPS = 20
+_ODD_STEP = 10.0
 _CLOCK_SECONDS = 0.1  # times of files are coarser than those of events
 
 
@@ -32,9 +34,10 @@ class RunStatus:
     """One look at a run.
 
     `live`: a worker holds the run. `loss` and `seconds_per_step` are means of the last 20 steps, None before the
-    first; a live run's pace is None too until it has taken a step since it was last started. `message` is what the
-    last event said (the error of a failed run). `request` is what the run was asked to do
-    and has not done yet.
+    first; a live run's pace is None too until it has taken a step since it was last started, and steps of ten times
+    the usual (in which blocks are compiled) do not count in it. `message` is what the last event of a state said
+    (the error of a failed run), `memory` what the last event about memory said: what was chosen, or what ran out.
+    `request` is what the run was asked to do and has not done yet.
     """
 
     name: str
@@ -45,6 +48,7 @@ class RunStatus:
     loss: float | None
     seconds_per_step: float | None
     message: str
+    memory: str
     request: Request | None
 
     @property
@@ -99,8 +103,9 @@ def make_status(
         step=int(steps[-1]) if steps else 0,
         total_steps=int(totals[-1]) if totals else planned_steps,
         loss=_mean_of(recent_metrics, "loss"),
-        seconds_per_step=None if starting else _mean_of(recent_metrics, "seconds"),
+        seconds_per_step=None if starting else _pace(recent_metrics),
         message=str(event.get("message", "")),
+        memory=_last_message(events, "memory"),
         request=request,
     )
 
@@ -125,6 +130,21 @@ def _started(events: Sequence[Mapping[str, Any]]) -> float:
     return max((float(event.get("time", 0)) for event in events if event.get("event") in _STARTS), default=0.0)
 
 
+def _last_message(events: Sequence[Mapping[str, Any]], name: str) -> str:
+    """What the last event of that name said; "" when there is none."""
+    return next((str(event.get("message", "")) for event in reversed(events) if event.get("event") == name), "")
+
+
+def _pace(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    values = _last_values(lines, "seconds")
+    usual = [value for value in values if value <= _ODD_STEP * median(values)]
+    return sum(usual) / len(usual) if usual else None
+
+
 def _mean_of(lines: Sequence[Mapping[str, Any]], field: str) -> float | None:
-    values = [float(line[field]) for line in lines if line.get(field) is not None][-_AVERAGED_STEPS:]
+    values = _last_values(lines, field)
     return sum(values) / len(values) if values else None
+
+
+def _last_values(lines: Sequence[Mapping[str, Any]], field: str) -> list[float]:
+    return [float(line[field]) for line in lines if line.get(field) is not None][-_AVERAGED_STEPS:]

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from .environment import allow_determinism, go_offline
+from .environment import allow_determinism, go_offline, use_memory_without_gaps
 from .errors import VideoTrainerError
 from .lock import FileLock, device_lock
 from .run import Run
@@ -19,6 +19,7 @@ _POLL_SECONDS = 0.5
 def main(arguments: Sequence[str]) -> int:
     """Work on the run whose folder is the one argument. Returns the process's exit code: 0, or 1 when the run failed."""
     go_offline()
+    use_memory_without_gaps()
     (folder,) = arguments
     run = Run.open(Path(folder))
     if run.job.deterministic:

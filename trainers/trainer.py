@@ -36,7 +36,7 @@ def _train(training: Training) -> Outcome:
     run = training.run
     run.event("training", step=training.step, total_steps=training.total_steps)
     if training.step < training.total_steps:
-        probe(training, training.budget_bytes)
+        probe(training)
     previews, held_out = Previews.of(training), held_out_clips(training)
     previews.write_if_due(training.step, training.step == training.total_steps)
     while training.step < training.total_steps:

@@ -15,9 +15,11 @@ from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
 from .experts import Expert, Turn, expert_at, experts_of, turn_of
-from .family import Family, Variant, detect
+from .family import Detection, Family, Variant, detect
 from .job import Job
+from .job_memory import plan_memory
 from .load import load_transformer
+from .memory_plan import MemoryPlan
 from .method import Method, method_of
 from .offload.arrangement import Arrangement
 from .optimizers import build_optimizer, load_optimizer_state
@@ -64,8 +66,8 @@ class Training:
     total_steps: int
     device: torch.device
     dtype: torch.dtype
-    budget_bytes: int | None = None
-    """What the training may take of the device; None: a device that is not counted."""
+    plan: MemoryPlan | None = None
+    """What was planned of the card's memory; None: there is no card, or all weights are trained."""
     step: int = 0
     resident: Learner | None = None
 
@@ -121,12 +123,13 @@ def open_training(run: Run) -> Training:
     detection = detect(base, job.base.variant)
     method = method_of(job, base, detection)
     experts = experts_of(job, detection.variant)
-    arrangement = arrangement_of(job)
-    learners = tuple(_learner(expert, job, method, accelerator, DTYPES[precision], arrangement) for expert in experts)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(
         job, detection.family, detection.variant, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision]
     )
+    plan = _planned(job, detection, samples)
+    arrangement = plan.arrangement if plan else arrangement_of(job)
+    learners = tuple(_learner(expert, job, method, accelerator, DTYPES[precision], arrangement) for expert in experts)
     training = Training(
         run=run,
         job=job,
@@ -141,14 +144,25 @@ def open_training(run: Run) -> Training:
         total_steps=samples.total_steps,
         device=accelerator.device,
         dtype=DTYPES[precision],
+        plan=plan,
     )
     _restore(training)
     _start_trackers(training)
     return training
 
 
+def _planned(job: Job, detection: Detection, samples: Samples) -> MemoryPlan | None:
+    """The plan for the card as it is now. The training cannot take more of it than the plan was given, whatever comes."""
+    if samples.device.type != "cuda" or job.method != "lora":
+        return None
+    plan = plan_memory(job, detection, samples, samples.device, samples.dtype)
+    share = min(plan.machine.free_bytes / plan.machine.total_bytes, 1.0)
+    torch.cuda.set_per_process_memory_fraction(share, samples.device)
+    return plan
+
+
 def arrangement_of(job: Job) -> Arrangement:
-    """How a job asks for its blocks to be kept."""
+    """How a job asks for its blocks to be kept, where nothing is planned."""
     memory = job.memory
     return Arrangement(
         weights_bytes=0 if memory.stream == "always" else None,

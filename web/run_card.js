@@ -2,7 +2,7 @@
 
 import { curve, steer } from "./runs.js";
 import { drawSparkline, makeSparkline } from "./sparkline.js";
-import { ago, choicesOf, counted, leftOf, lossOf, measuresOf, noteOf, shareOf, speedOf, stateOf, stepsOf } from "./words.js";
+import { ago, choicesOf, counted, leftOf, lossOf, measuresOf, memoryOf, noteOf, shareOf, speedOf, stateOf, stepsOf } from "./words.js";
 
 const BUTTONS = {
   pause: ["Pause", "pi-pause", "Stop for now and free the card; goes on where it was"],
@@ -35,6 +35,7 @@ export function makeCard(tell) {
     loss: element("span"),
     speed: element("span"),
     spark: makeSparkline(),
+    memory: element("div", { className: "vt-memory" }),
     note: element("div", { className: "vt-note" }),
     measures: element("div", { className: "vt-note" }),
     lora: element("div", { className: "vt-lora" }),
@@ -49,6 +50,7 @@ export function makeCard(tell) {
     "article",
     { className: "vt-run" },
     element("header", { className: "vt-line" }, parts.name, parts.state),
+    parts.memory,
     parts.bar,
     element("div", { className: "vt-line" }, parts.steps, parts.left),
     parts.curve,
@@ -73,6 +75,7 @@ function update(card, run) {
   write(card.left, run.live ? leftOf(run) : ago(run.active));
   write(card.loss, lossOf(run));
   write(card.speed, run.live ? speedOf(run) : "");
+  write(card.memory, memoryOf(run), run.memory);
   write(card.note, noteOf(run));
   write(card.measures, measuresOf(run), MEASURES);
   write(card.lora, run.lora ? `LoRA: ${fileName(run.lora)}` : "", run.lora && `In every LoRA list as ${run.lora}`);

@@ -85,6 +85,11 @@ export function noteOf(run) {
   return run.message;
 }
 
+/** How it uses the card's memory, on one line; "" when it has not said, or needs none any more. */
+export function memoryOf(run) {
+  return run.state === "done" || !run.memory ? "" : `Memory: ${run.memory.split("\n")[0]}`;
+}
+
 /** What a person may ask of a run now: some of "pause", "stop", "resume". */
 export function choicesOf(run) {
   if (run.live) return { stop: [], pause: ["resume", "stop"] }[run.request] ?? ["pause", "stop"];
@@ -99,6 +104,7 @@ export function reportOf(run) {
     `${run.name}: ${word}`,
     begun ? stepsOf(run) : "",
     [lossOf(run), run.live ? speedOf(run) : "", leftOf(run)].filter(Boolean).join(", "),
+    memoryOf(run),
     noteOf(run),
     measuresOf(run),
     run.lora ? `LoRA: ${run.lora}` : "",

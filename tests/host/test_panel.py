@@ -252,6 +252,24 @@ def test_a_new_lora_is_in_the_lists_and_the_graph_is_left_alone(tab, any_server)
         tab.get_by_text("writes is trained").first.wait_for()
 
 
+def test_how_a_run_uses_memory_stands_below_its_name_until_it_is_done(tab, any_server):
+    with live_run(any_server, "remembers", steps=5) as run:
+        _card(tab, "remembers").wait_for()
+        assert _card(tab, "remembers").locator(".vt-memory").is_hidden()
+        run.event("memory", message="9.1 of 11.0 GiB, 12 of 40 blocks are streamed")
+        _shows(tab, "remembers", "Memory: 9.1 of 11.0 GiB, 12 of 40 blocks are streamed")
+        said = f"memory ran out in step 5: {'more is streamed from here on, ' * 9}\nand <b>the step</b> was done again"
+        run.event("of a later version", message="?")
+        run.event("memory", message=said)
+        _shows(tab, "remembers", "memory ran out in step 5")
+        line = _card(tab, "remembers").locator(".vt-memory")
+        assert line.bounding_box()["height"] < 45, "two lines at the most"
+        assert line.get_attribute("title") == said
+        assert _card(tab, "remembers").locator(".vt-state").inner_text() == "training"
+        run.event("done")
+        line.wait_for(state="hidden")
+
+
 def test_what_the_newest_previews_measure_is_told(tab, any_server):
     with live_run(any_server, "measures", steps=5) as run:
         _card(tab, "measures").wait_for()

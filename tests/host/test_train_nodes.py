@@ -45,9 +45,20 @@ def waiting(graph: dict) -> dict:
     return graph | {"wait": node("VideoTrainer_WaitForRun", run=["train", 0])}
 
 
-def test_settings_have_the_defaults_of_a_job(comfyui: ComfyUI):
-    wrong = comfyui.call("settings_of_a_job.py")
-    assert wrong == {}
+def test_settings_are_those_of_a_job(comfyui: ComfyUI):
+    values = {"vram_gib": 11.5, "quantise": "fp8", "stream": "always", "attention": "flash", "compile": True}
+    found = comfyui.call("settings_of_a_job.py", values=values)
+    assert found["defaults"] == {}
+    assert found["choices"] == {"optimizer.kind": ["adamw_kahan"]}, "which is for full fine-tuning, of the command line"
+    memory = found["job"]["memory"]
+    assert {name: memory[name] for name in ("vram_gib", "ram_gib", "quantise", "stream")} == {
+        "vram_gib": 11.5,
+        "ram_gib": None,
+        "quantise": "fp8",
+        "stream": "always",
+    }
+    assert found["job"]["speed"] == {"attention": "flash", "compile": True}
+    assert found["job"]["method"] == "lora"
 
 
 def test_wait_for_run_gives_the_lora_and_its_losses(server: Server, runs, clips: Path):

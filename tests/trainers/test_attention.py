@@ -14,10 +14,10 @@ from tiny_families import tiny_conditions, tiny_latents, tiny_text, tiny_transfo
 from trainers import attention
 from trainers.attention import BACKENDS, check_attention, use_attention
 from trainers.errors import JobError, MissingPackage
-from trainers.families._text_masks import every_row
 from trainers.family import Family, TextBatch, Variant, families
 from trainers.job import Job, parse_job
 from trainers.preflight import find_problems
+from trainers.text_masks import every_row
 
 VARIANTS = [(family, variant) for family in families().values() for variant in family.variants]
 of_every_variant = pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=[variant.id for _, variant in VARIANTS])

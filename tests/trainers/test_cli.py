@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import types
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,33 @@ def test_a_terminal_gets_a_bar(make_job):
     out = _Terminal()
     assert follow(run, out) == 0
     assert "[######------------------] cat  done  1/4  25 %  loss 0.2500  2.00 it/s" in out.getvalue()
+
+
+class _Worker(io.StringIO):
+    """What a follower writes to; its first line makes this worker say something and end."""
+
+    def __init__(self, run: Run, *events: tuple[str, str]) -> None:
+        super().__init__()
+        self._run, self._events, self._life = run, events, ExitStack()
+        self._life.enter_context(run.lock())
+
+    def write(self, text: str) -> int:
+        for name, message in self._events:
+            self._run.event(name, message=message)
+        self._events = ()
+        self._life.close()
+        return super().write(text)
+
+
+def test_what_is_said_of_memory_is_told_and_an_event_that_is_not_known_is_no_matter(make_job, capsys):
+    run, said = Run.create(make_job()), "9.1 of 11.0 GiB: 12 of 40 blocks are streamed"
+    run.event("training")
+    out = _Worker(run, ("memory", said), ("of a later version", "?"), ("done", ""))
+    assert follow(run, out) == 0
+    assert said in out.getvalue().splitlines()
+    assert "?" not in out.getvalue().splitlines()
+    main(["status", str(run.folder)])
+    assert f"memory: {said}" in capsys.readouterr().out.splitlines()
 
 
 def test_times_and_speeds():

@@ -174,6 +174,26 @@ def test_a_killed_run_is_the_run_that_was_never_touched(tmp_path):
     assert not list(lora_path(killed, 6).parent.glob(".*"))
 
 
+def test_in_bf16_a_stopped_run_goes_on_as_the_straight_one(tmp_path):
+    """Weights in bf16, what the class wants otherwise in float32, with the real adamw_kahan."""
+    optimizer = {"kind": "adamw_kahan", "learning_rate": 1e-4}
+    settings = {"steps": 4, "precision": "bf16", "optimizer": optimizer, "gradient_checkpointing": True}
+    straight, stopped = (Run.create(full_job(tmp_path / name, **settings)) for name in ("straight", "stopped"))
+    assert train(straight) == "done"
+    write = stopped.metrics
+    stopped.metrics = lambda **fields: (write(**fields), stopped.request("stop") if fields["step"] == 2 else None)
+    assert train(stopped) == "stopped"
+    again = Run.open(stopped.folder)
+    again.clear("stop")
+    assert train(again) == "done"
+    weights = load_file(straight.checkpoint_folder(4) / "weights.safetensors")
+    assert weights["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
+    assert weights["blocks.0.scale_shift_table"].dtype == torch.float32
+    assert equal(weights, load_file(again.checkpoint_folder(4) / "weights.safetensors"))
+    assert lora_path(straight, 4).read_bytes() == lora_path(again, 4).read_bytes()
+    assert losses(straight) == losses(again)
+
+
 def test_extends_goes_on_exactly_and_only_as_the_same_method(tmp_path):
     job = full_job(tmp_path, steps=4, checkpoints={"every_steps": 2})
     first = Run.create(job)
@@ -240,9 +260,9 @@ def test_an_fp8_base_is_refused(tmp_path):
 def test_everything_that_has_no_meaning_is_said_at_once(tmp_path):
     job = full_job(
         tmp_path,
-        lora={"rank": 8, "dora": True},
+        lora={"rank": 8, "dropout": 0.1},
         experts={"turn_steps": 5},
-        memory={"quantise": "nf4", "stream": "always"},
+        memory={"quantise": "fp8", "stream": "always"},
         start={"initial_lora": "some.safetensors"},
         precision="bf16",
     )
@@ -250,12 +270,12 @@ def test_everything_that_has_no_meaning_is_said_at_once(tmp_path):
         make_plan(job)
     assert [problem.value for problem in caught.value.problems] == [
         "lora.rank is 8",
-        "lora.dora is True",
+        "lora.dropout is 0.1",
         "experts.turn_steps is 5",
-        "memory.quantise is nf4",
         "memory.stream is always",
         "start.initial_lora is some.safetensors",
         "optimizer.kind is adamw, in bf16",
+        "memory.quantise is fp8 and method is full",
     ]
 
 

@@ -10,8 +10,12 @@ import torch
 from tiny_families import tiny_job_of
 
 from trainers import room, trainer
-from trainers.errors import RunError
-from trainers.family import families
+from trainers.checkpoint import Checkpoint
+from trainers.errors import JobError, RunError
+from trainers.family import IMAGE_TEXT, detect, families
+from trainers.job import MemorySpec
+from trainers.job_memory import plan_memory
+from trainers.machine import GIB, Machine
 from trainers.offload.placement import place
 from trainers.room import Meter, is_out_of_memory, largest, probe, with_room
 from trainers.run import Run
@@ -179,5 +183,44 @@ def test_the_largest_sample(wan_run):
     training = open_training(wan_run("largest"))
     micro = largest(training)
     assert len(micro.clips) == training.job.batch_size
-    lengths = [training.encoded.cache.text_length(item.text) for item in training.samples.items]
+    lengths = [training.encoded.cache.shapes(IMAGE_TEXT, item.text)["embeds_LD"][0] for item in training.samples.items]
     assert [lengths[clip] for clip in micro.clips] == sorted(lengths, reverse=True)[:2]
+
+
+def small_card(free_bytes: int) -> Machine:
+    rates = {"flops_rate": 1e13, "memory_rate": 1e11, "copy_rate": 1e10}
+    return Machine("a small card", "cuda", total_bytes=2 * free_bytes, free_bytes=free_bytes, ram_bytes=64 * GIB, **rates)
+
+
+def test_a_run_is_kept_as_it_is_planned(wan_run, monkeypatch):
+    """A plan for a card that holds a part of the blocks, carried out: fewer are streamed than the job alone would say."""
+    plans = []
+
+    def planned(job, detection, samples):
+        asked = job.model_copy(update={"gradient_checkpointing": True, "memory": MemorySpec(activations="device", chunks=1)})
+        ample = plan_memory(asked, detection, samples, samples.device, torch.float32, small_card(100 * GIB))
+        assert not ample.price.placement.streamed
+        needed = ample.price.device_bytes + ample.price.reserve_bytes
+        card = small_card(needed - 2 * max(ample.model.blocks))
+        plans.append(plan_memory(asked, detection, samples, samples.device, torch.float32, card))
+        assert 0 < len(plans[0].price.placement.streamed) < 6
+        return plans[0]
+
+    straight, run = wan_run("straight"), wan_run("planned")
+    train(straight)
+    monkeypatch.setattr("trainers.training._planned", planned)
+    monkeypatch.setattr(room, "meter_of", lambda device: Meter(lambda: None, lambda: plans[0].machine.free_bytes))
+    train(run)
+    assert loras(run) == loras(straight) != []
+    told = [event["message"] for event in run.read_events() if event["event"] == "memory"]
+    assert "GiB are planned." in told[0]
+    assert "blocks" in told[0]
+    assert "the largest sample takes" in told[1]
+
+
+@pytest.mark.parametrize("free_bytes", [20 * 2**20])
+def test_what_cannot_fit_is_told_before_anything_is_loaded(wan_run, free_bytes):
+    training = open_training(wan_run("too small"))
+    detection = detect(Checkpoint.open(training.job.base.transformer))
+    with pytest.raises(JobError, match="GiB at the least"):
+        plan_memory(training.job, detection, training.samples, training.device, torch.float32, small_card(free_bytes))

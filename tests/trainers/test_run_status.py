@@ -84,3 +84,25 @@ def test_the_error_of_a_failed_run_is_its_message(run):
     run.event("training")
     run.event("failed", message="num_frames is 80; Wan needs 4n+1. Use 77 or 81.")
     assert run.status().message.startswith("num_frames is 80")
+
+
+def test_steps_that_compile_do_not_count_in_the_pace(run):
+    run.event("training", total_steps=10)
+    for step, seconds in ((1, 120.0), (2, 45.0), (3, 2.0), (4, 3.0), (5, 2.0), (6, 5.0)):
+        run.metrics(step=step, loss=0.5, seconds=seconds)
+    assert run.status().seconds_per_step == 3.0
+
+
+def test_it_says_what_was_last_said_of_memory_whatever_else_is_written(run):
+    assert run.status().memory == ""
+    run.event("queued", message="waiting for cuda:0, which another run uses")
+    run.event("memory", message="9.1 of 11.0 GiB: 12 of 40 blocks are streamed")
+    run.event("training", total_steps=10)
+    assert run.status().memory == "9.1 of 11.0 GiB: 12 of 40 blocks are streamed"
+    run.event("memory", message="memory ran out: 16 of 40 blocks are streamed from here on")
+    run.event("of a later version", memory=3, total_steps=None)
+    with run.lock():
+        status = run.status()
+    assert (status.state, status.memory) == ("training", "memory ran out: 16 of 40 blocks are streamed from here on")
+    run.event("memory")
+    assert run.status().memory == ""

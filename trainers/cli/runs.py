@@ -142,6 +142,8 @@ def describe(run: Run) -> str:
     lines = [one_line(now), f"folder: {run.folder}"]
     if now.message:
         lines.append(f"message: {now.message}")
+    if now.memory:
+        lines.append(f"memory: {now.memory}")
     if now.request:
         lines.append(f"asked to {now.request}")
     events = run.read_events()

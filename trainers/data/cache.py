@@ -116,10 +116,6 @@ class Cache:
         """How wide the rows of an encoded prompt are, by its header. Raises CheckpointError when the file is missing or damaged."""
         return open_tensor_file(self._path("text", key)).tensors["embeds_LD"].shape[1]
 
-    def text_length(self, key: str) -> int:
-        """How many rows an encoded prompt has, by its header. Raises CheckpointError when the file is missing or damaged."""
-        return open_tensor_file(self._path("text", key)).tensors["embeds_LD"].shape[0]
-
     def file_hash(self, path: Path) -> str:
         """sha256 of a file's bytes, read once for every (path, size, time of change). Raises OSError."""
         path = path.absolute()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ._text_masks import says_nothing
+from ..text_masks import says_nothing
 
 
 class JointAttention:

@@ -36,8 +36,8 @@ from ..family import (
     Variant,
     simple_schedule,
 )
+from ..text_masks import every_row, padded, rows_that_count, says_nothing
 from ._hunyuan_keys import KEYS, LORA_KEYS, VAE_KEYS
-from ._text_masks import every_row, padded, rows_that_count, says_nothing
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint

@@ -39,9 +39,9 @@ from ..family import (
     Variant,
 )
 from ..keytable import KeyTable, Rename, same
+from ..text_masks import padded, rows_that_count
 from ._ltx_files import KINDS, candidates, header_config, notes_on, perhaps_rotated, read_header, refuse_rotated
 from ._ltx_vae import VAE_KEYS_0_9, VAE_KEYS_0_9_1, VAE_KEYS_0_9_5, vae_config
-from ._text_masks import padded, rows_that_count
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint

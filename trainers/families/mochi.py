@@ -34,8 +34,8 @@ from ..family import (
     simple_schedule,
 )
 from ..keytable import Fuse, KeyTable, Rename, Row, SwapHalves
+from ..text_masks import every_row, padded, rows_that_count
 from ._mochi_attention import JointAttention
-from ._text_masks import every_row, padded, rows_that_count
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint

@@ -24,6 +24,7 @@ class Arena:
     def __init__(self, copies: Copies, device: torch.device) -> None:
         self._copies, self._device = copies, device
         self._buffers: list[Buffer] = []
+        self._last: list[Any] = []
         self._kept: list[tuple[torch.Tensor, Any]] = []
         self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
         self._coming: dict[int, tuple[torch.Tensor, Any]] = {}
@@ -40,6 +41,7 @@ class Arena:
         source = tensor.detach().contiguous()
         place = self._place(level, source)
         end = self._copies.copy(place, source, self._copies.mark())
+        self._last[level] = end
         self._kept.append((place, end))
         self._leaving.append((source, end))
         self.bytes_to_host += source.nbytes
@@ -70,13 +72,11 @@ class Arena:
 
     def close(self) -> None:
         """Gives the host's memory back."""
-        ends = [end for _, end in (*self._kept, *self._coming.values()) if end is not None]
         self.reset()
-        for end in ends:
-            self._copies.finish(end)
-        for buffer in self._buffers:
-            buffer.close()
+        for level in range(len(self._buffers)):
+            self._close(level)
         self._buffers.clear()
+        self._last.clear()
 
     def _let_go(self) -> None:
         """Frees the oldest tensor that left, for computing that comes after its copy."""
@@ -87,13 +87,22 @@ class Arena:
         place, _ = self._kept[level]
         target = torch.empty_like(place, device=self._device)
         self.bytes_to_device += target.nbytes
-        return target, self._copies.copy(target, place, self._copies.mark())
+        self._last[level] = end = self._copies.copy(target, place, self._copies.mark())
+        return target, end
 
     def _place(self, level: int, tensor: torch.Tensor) -> torch.Tensor:
         """The level's buffer, as a tensor of the same shape and dtype."""
         if level == len(self._buffers):
             self._buffers.append(Buffer(tensor.nbytes, self._device))
+            self._last.append(None)
         elif self._buffers[level].bytes.numel() < tensor.nbytes:
-            self._buffers[level].close()
+            self._close(level)
             self._buffers[level] = Buffer(tensor.nbytes, self._device)
         return self._buffers[level].bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _close(self, level: int) -> None:
+        """Gives a level's memory back when the last copy from or to it is done: computing may be far behind."""
+        if self._last[level] is not None:
+            self._copies.finish(self._last[level])
+            self._last[level] = None
+        self._buffers[level].close()

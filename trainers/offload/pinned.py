@@ -6,6 +6,8 @@ is too much: plain memory is registered with CUDA instead.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 
 
@@ -15,10 +17,13 @@ class Buffer:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         """Raises RuntimeError when the system lets no such amount be pinned."""
         self.bytes = torch.empty(nbytes, dtype=torch.uint8, device="meta" if device.type == "meta" else "cpu")
-        self._registered = device.type == "cuda" and nbytes > 0
-        if self._registered:
-            self._registered = False
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)))  # type: ignore[no-untyped-call]
+        self._registered = False
+        if device.type == "cuda" and nbytes > 0:
+            failed = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)  # type: ignore[no-untyped-call]
+            if int(failed):
+                with suppress(RuntimeError):
+                    torch.zeros((), device=device)  # CUDA tells its last error once more, to whoever launches next
+                raise RuntimeError(f"{nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {int(failed)}, out of memory)")
             self._registered = True
 
     def close(self) -> None:

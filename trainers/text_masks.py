@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..family import TextRecord
+from .family import TextRecord
 
 
 def rows_that_count(lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
