@@ -216,8 +216,8 @@ def trace_step(
             return batch_loss(family, variant, transformer, batch)
 
     with _blocks_run(transformer, family, arrangement, lambda: imitated(kernels, counter)) as (blocks, inputs), counter:
-        if blocks.arena is not None:  # its buffers are there from the first step on
-            forward().backward()  # type: ignore[no-untyped-call]
+        if blocks.arena is not None:
+            forward()  # its buffers are there from the first step on
         _set_gradients(trained, accumulation > 1)
         counter.restart()
         loss = forward()
