@@ -24,7 +24,7 @@ from trainers.predict import batch_loss
 from trainers.residency import Residency
 
 GROWN: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
-    "wan": ("wan2.1-t2v", {"num_attention_heads": 2, "ffn_dim": 1024, "num_layers": 8}, (3, 24, 32)),
+    "wan": ("wan2.1-t2v", {"num_attention_heads": 2, "ffn_dim": 1024, "num_layers": 8}, (3, 16, 24)),
     "ltx": ("ltxv-13b", {"num_attention_heads": 8, "attention_head_dim": 32, "cross_attention_dim": 256, "num_layers": 4}, (3, 12, 16)),
     "hunyuan": ("hunyuan-t2v", {"num_attention_heads": 2, "num_layers": 4, "num_single_layers": 5}, (3, 24, 24)),
     "mochi": ("mochi-1-preview", {"num_attention_heads": 8, "attention_head_dim": 32, "num_layers": 4}, (3, 24, 32)),
@@ -95,8 +95,8 @@ def measured_peak(family: Family, dtype: torch.dtype, arrangement: Arrangement) 
 
 
 CASES = [
-    ("wan", "checkpoints", torch.bfloat16),
-    ("ltx", "whole", torch.float32),
+    ("wan", "checkpoints", torch.float32),
+    ("ltx", "whole", torch.bfloat16),
     ("hunyuan", "checkpoints on the host", torch.float32),
     ("mochi", "chunks", torch.float32),
 ]
