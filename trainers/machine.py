@@ -5,9 +5,6 @@ Rates are bytes or operations per second. Sizes in GiB are multiples of 2**30 by
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,8 +21,6 @@ ASSUMED_HOST_COPY_RATE = 8e9
 """Bytes per second that one thread copies from a mapped file that is in memory into a staging buffer."""
 _CONTEXT_BYTES = GIB // 2
 """What CUDA itself takes of a card for a process, before anything is allocated; some 300 to 500 MiB."""
-_MACOS_SHARE = 0.6
-"""macOS does not say what is available without a privileged call: this share of all is taken for it."""
 
 
 @dataclass(frozen=True)
@@ -176,25 +171,14 @@ def _finish(device: torch.device) -> None:
 
 def available_ram() -> int:
     """Bytes of the host's memory that a program may still take, within the limits of its container."""
-    if sys.platform == "win32":
-        return _available_on_windows()
-    if sys.platform == "darwin":
-        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MACOS_SHARE)
-    limits = [available_in_meminfo(_text("/proc/meminfo"))]
+    import psutil
+
+    limits = [int(psutil.virtual_memory().available)]
     for folder in cgroup_folders(_text("/proc/self/cgroup")):
         files = {name: _text(f"{folder}/{name}") for name in _CGROUP_FILES}
-        limits.append(available_in_cgroup(files))
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_in_meminfo(text: str) -> int | None:
-    """Bytes of MemAvailable in /proc/meminfo: free, or held by caches that give way. None: it does not say."""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
+        if (limit := available_in_cgroup(files)) is not None:
+            limits.append(limit)
+    return min(limits)
 
 
 _CGROUP_FILES = ("memory.max", "memory.current", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
@@ -230,20 +214,3 @@ def _text(path: str) -> str:
         return Path(path).read_text("utf-8")
     except (OSError, ValueError):
         return ""
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of the Windows API."""
-
-    _fields_ = (
-        ("dwLength", ctypes.c_uint32),
-        ("dwMemoryLoad", ctypes.c_uint32),
-        *((name, ctypes.c_uint64) for name in ("ullTotalPhys", "ullAvailPhys", "ullTotalPageFile", "ullAvailPageFile")),
-        *((name, ctypes.c_uint64) for name in ("ullTotalVirtual", "ullAvailVirtual", "ullAvailExtendedVirtual")),
-    )
-
-
-def _available_on_windows() -> int:
-    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined, unused-ignore]
-    return int(status.ullAvailPhys)

@@ -163,14 +163,16 @@ def _child(options: argparse.Namespace) -> int:
     """Measures one case and writes what it found, an error too."""
     case, found = case_of(options.one), {}
     try:
+        from trainers import environment
+
+        environment.go_offline()
+        environment.use_memory_without_gaps()
         import torch
         from gauges import hardware, versions
         from measure import measure
 
         from trainers.device import find_device
-        from trainers.environment import go_offline
 
-        go_offline()
         torch.manual_seed(0)
         device = find_device(options.device)
         found = {"hardware": hardware(device), "versions": versions()}

@@ -16,11 +16,8 @@ from trainers.batches import Samples
 from trainers.checkpoint import Checkpoint
 from trainers.data.encoded import Encoded
 from trainers.device import DTYPES, pick_device, pick_precision
-from trainers.family import detect
 from trainers.job import Job, parse_job
-from trainers.job_memory import plan_memory
 from trainers.load import load_transformer
-from trainers.memory_plan import MemoryPlan
 from trainers.offload.arrangement import Arrangement
 from trainers.predict import batch_loss
 from trainers.room import probe, with_room
@@ -31,12 +28,11 @@ from trainers.training import Training, open_training
 
 @dataclass(frozen=True)
 class Loop:
-    """`step()` is one optimizer step. `training`, and the `plan` it keeps to, are there when it is the trainer's."""
+    """`step()` is one optimizer step. `training` is there when it is the trainer's."""
 
     step: Callable[[], object]
     device: torch.device
     training: Training | None = None
-    plan: MemoryPlan | None = None
 
     def close(self) -> None:
         if self.training:
@@ -72,28 +68,19 @@ def job_of(folder: Path, name: str, model: FullSize, path: Path, clips: Path, de
     return parse_job(values | fields)
 
 
-def trainer_loop(job: Job, arrangement: Mapping[str, Any] | None = None, planned: bool = False) -> Loop:
-    """The trainer's loop without checkpoints and previews. `arrangement`: not as the job says, but so; else, if `planned`, by the plan."""
+def trainer_loop(job: Job, arrangement: Mapping[str, Any] | None = None) -> Loop:
+    """The trainer's loop without checkpoints and previews, the probe included. `arrangement`: not as the plan says, but so."""
     training = open_training(Run.create(job))
-    plan = plan_of(training) if planned else None
-    if arrangement is not None:
+    if arrangement is None:
+        probe(training)
+    else:
         training.rearrange(arranged(arrangement, training.learners[0].residency.block_bytes))
-    elif plan is not None:
-        training.rearrange(plan.arrangement)
-        training.budget_bytes = plan.machine.free_bytes
-    probe(training, training.budget_bytes)
 
     def step() -> None:
         training.step += 1
         report(training, with_room(training, lambda: optimize(training)))
 
-    return Loop(step, training.device, training, plan)
-
-
-def plan_of(training: Training) -> MemoryPlan:
-    """What the planner makes of the job on this machine, as it is now."""
-    base = Checkpoint.open(training.job.base.transformer)
-    return plan_memory(training.job, detect(base, training.job.base.variant), training.samples, training.device, training.dtype)
+    return Loop(step, training.device, training)
 
 
 def arranged(values: Mapping[str, Any], block_bytes: list[int]) -> Arrangement:

@@ -58,7 +58,7 @@ def _trained(case: Case, job: Job, device: torch.device, options: argparse.Names
     """The trainer alone."""
     before = host_memory()
     started = time.perf_counter()
-    loop = trainer_loop(job, _arrangement(case, options), planned=case.arrangement is None)
+    loop = trainer_loop(job, _arrangement(case, options))
     opened_seconds = time.perf_counter() - started
     warm_up = timed(loop, case.warm_up, time.perf_counter)
     counted, steps = loop.counters(), 1 if options.tiny else case.steps
@@ -110,8 +110,8 @@ def _kept(loop: Loop) -> dict[str, Any]:
         "streamed_bytes": streamed,
         "slots": placement.slots,
     }
-    if loop.plan is not None:
-        price = loop.plan.price
+    if loop.training.plan is not None:
+        price = loop.training.plan.price
         found["predicted"] = {
             "arrangement": asdict(price.arrangement),
             "allocated_gib": price.device_bytes / GIB,

@@ -10,19 +10,11 @@ from trainers.machine import (
     CARDS,
     GIB,
     available_in_cgroup,
-    available_in_meminfo,
     available_ram,
     card_of,
     cgroup_folders,
     this_machine,
 )
-
-MEMINFO = "MemTotal:       65838080 kB\nMemFree:         1203312 kB\nMemAvailable:   41234560 kB\nBuffers:          20480 kB\n"
-
-
-def test_what_caches_give_way_counts_as_available() -> None:
-    assert available_in_meminfo(MEMINFO) == 41234560 * 1024
-    assert available_in_meminfo("MemTotal: 1 kB\n") is None
 
 
 def test_a_container_s_limit_counts() -> None:
