@@ -22,10 +22,10 @@ from .experts import experts_of
 from .family import FIRST_FRAME, IMAGE_TEXT, LATENTS, Detection, Family, Variant
 from .job import Job
 from .load import load_transformer
-from .lora import inject
 from .machine import Machine, this_machine
 from .memory_plan import MemoryPlan, choose, too_large
 from .memory_trace import ModelBytes, StepShape, StepTrace, Tracer
+from .method import method_of
 from .offload.arrangement import Arrangement
 
 _META = torch.device("meta")
@@ -70,11 +70,12 @@ class JobTrace:
 
 
 def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: Machine, dtype: torch.dtype) -> Tracer:
-    """The transformer of a file as a run loads it, with its LoRA, and without values."""
-    streams = machine.device == "cuda" and not job.lora.dora
+    """The transformer of a file as a run loads it, with what is trained of it, and without values."""
+    method = method_of(job, checkpoint, detection)
+    streams = machine.device == "cuda" and method.can_stream
     keep_stored = None if streams else False
     transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams, quantise=job.memory.quantise)
-    add = partial(inject, family=detection.family, spec=job.lora, seed=job.seed, device=_META)
+    add = partial(method.inject, device=_META)
     return Tracer(detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation)
 
 

@@ -159,7 +159,7 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
     placement = place(model.blocks, arrangement.weights_bytes)
     streamed = sum(model.blocks[index] for index in placement.streamed)
     on_host = arrangement.activations == "host"
-    host = HOST_PROCESS_BYTES + 4 * model.parameters * model.trained + (step.inputs_bytes if on_host else 0)
+    host = HOST_PROCESS_BYTES + model.parameter_bytes * model.trained + (step.inputs_bytes if on_host else 0)
     if placement.streamed:
         host += streamed if arrangement.host == "pinned" else min(STAGING_BUFFERS * placement.slot_bytes, STAGING_LIMIT_BYTES)
     rate = _weights_rate(machine, arrangement, model, host)
@@ -176,8 +176,8 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
         arrangement,
         placement,
         weights_bytes=placement.device_bytes + model.beside,
-        trained_bytes=int(model.parameters * model.trained * (4 + OPTIMIZER_BYTES[job.optimizer.kind])),
-        step_bytes=max(step.peak_bytes, 2 * 4 * model.parameters),
+        trained_bytes=int(model.trained * (model.parameter_bytes + model.parameters * OPTIMIZER_BYTES[job.optimizer.kind])),
+        step_bytes=max(step.peak_bytes, 2 * model.parameter_bytes),
         host_bytes=host,
         compute_seconds=forward + backward,
         copy_seconds=2 * way + 2 * inputs,
@@ -242,7 +242,7 @@ def _remedies(plan: MemoryPlan, traced: Traced) -> Iterator[str]:
         if fits(model=replace(traced.model, blocks=packed)):
             yield f'memory.quantise = "{how}"'
             break
-    if job.lora.rank > 4 and fits(model=replace(traced.model, parameters=traced.model.parameters * 4 // job.lora.rank)):
+    if job.method == "lora" and job.lora.rank > 4 and fits(model=_smaller(traced.model, 4 / job.lora.rank)):
         yield "lora.rank 4"
 
 
@@ -256,6 +256,10 @@ def _denser(plan: MemoryPlan) -> list[str]:
         return []
     now = sum(plan.model.blocks) / plan.model.block_weights
     return [how for how, size in _PACKED_BYTES.items() if size < 0.9 * now]
+
+
+def _smaller(model: ModelBytes, share: float) -> ModelBytes:
+    return replace(model, parameters=int(model.parameters * share), parameter_bytes=int(model.parameter_bytes * share))
 
 
 def _halves(count: int) -> list[int]:

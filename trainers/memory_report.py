@@ -11,10 +11,11 @@ from .memory_plan import MemoryPlan
 def report(plan: MemoryPlan, run_seconds: float) -> list[str]:
     """What the plan takes and how long the whole run is, then what was chosen and why."""
     price, machine = plan.price, plan.machine
+    trained = "all weights" if plan.job.method == "full" else "LoRA"
     rates = "measured" if machine.measured else "assumed, not measured"
     return [
         f"{price.device_bytes / GIB:.1f} GiB of {_where(plan)} at the most: weights {price.weights_bytes / GIB:.1f}, "
-        f"LoRA and optimizer {price.trained_bytes / GIB:.1f}, the largest step {price.step_bytes / GIB:.1f}; "
+        f"{trained} and optimizer {price.trained_bytes / GIB:.1f}, the largest step {price.step_bytes / GIB:.1f}; "
         f"{price.reserve_bytes / GIB:.1f} more must be free, {machine.free_bytes / GIB:.1f} are",
         f"{price.host_bytes / GIB:.1f} GiB of the machine's memory; {machine.ram_bytes / GIB:.1f} are free",
         f"{seconds(price.step_seconds)} a step of the largest clips, about {seconds(run_seconds)} for the whole run "

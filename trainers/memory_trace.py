@@ -110,7 +110,8 @@ class ModelBytes:
     """What a model takes without a step.
 
     `blocks` are the bytes of each block that can be streamed, `block_weights` how many numbers they stand for together,
-    `beside` all else that is frozen; `adapters` and `parameters` the trained layers and numbers of one transformer. `trained`:
+    `beside` all else that is frozen; `adapters`, `parameters` and `parameter_bytes` the trained layers and numbers of one
+    transformer (no adapters: all weights). `trained`:
     how many transformers of this kind take turns on the device (two experts), each with parameters of its own.
     """
 
@@ -119,6 +120,7 @@ class ModelBytes:
     beside: int
     adapters: int
     parameters: int
+    parameter_bytes: int
     trained: int = 1
 
 
@@ -187,7 +189,8 @@ class Tracer:
         trained = list(_trained(self._transformer))
         frozen = sum(map(_bytes, _frozen(self._transformer)))
         adapters = sum("lora_A" in name for name, _ in self._transformer.named_parameters())
-        return ModelBytes(blocks, weights, frozen - sum(blocks), adapters, sum(parameter.numel() for parameter in trained))
+        numbers = sum(parameter.numel() for parameter in trained)
+        return ModelBytes(blocks, weights, frozen - sum(blocks), adapters, numbers, sum(map(_bytes, trained)))
 
 
 _FEW, _FEW_WITH_ARENA = 2, 5

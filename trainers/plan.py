@@ -36,7 +36,7 @@ class Plan:
 
     `adapters` and `parameters` are those of one of the `loras` (one for each expert); where all weights are trained `adapters`
     is 0. `base_bytes` are those of the transformer as its file stores it. `mean_share` is how long a step is on average, of
-    one with the largest clips. `memory` None: it was not planned (all weights of a model are trained).
+    one with the largest clips.
     """
 
     job: Job
@@ -51,9 +51,9 @@ class Plan:
     adapters: int
     parameters: int
     base_bytes: int
-    loras: int = 1
-    memory: MemoryPlan | None = None
-    mean_share: float = 1.0
+    loras: int
+    memory: MemoryPlan
+    mean_share: float
 
     @property
     def lora_bytes(self) -> int:
@@ -61,9 +61,9 @@ class Plan:
         return 4 * self.parameters
 
     @property
-    def run_seconds(self) -> float | None:
-        """How long the whole run is; None where memory was not planned."""
-        return None if self.memory is None else self.steps * self.mean_share * self.memory.price.step_seconds
+    def run_seconds(self) -> float:
+        """How long the whole run is."""
+        return self.steps * self.mean_share * self.memory.price.step_seconds
 
     def as_values(self) -> dict[str, Any]:
         """As plain values, for other programs."""
@@ -81,7 +81,7 @@ class Plan:
             "loras": self.loras,
             "adapters": self.adapters,
             "parameters": self.parameters,
-            "memory": as_values(self.memory, self.run_seconds or 0.0) if self.memory else None,
+            "memory": as_values(self.memory, self.run_seconds),
         }
 
     def __str__(self) -> str:
@@ -112,7 +112,7 @@ class Plan:
         ]
 
     def _memory_lines(self) -> list[str]:
-        return report(self.memory, self.run_seconds or 0.0) if self.memory else []
+        return report(self.memory, self.run_seconds)
 
     def _expert_lines(self) -> list[str]:
         experts = [expert for expert in experts_of(self.job, self.variant) if expert.name]
@@ -169,7 +169,7 @@ def make_plan(job: Job, machine: Machine | None = None) -> Plan:
     samples = Samples.of(job, detection.family, detection.variant, encoded, 1, torch.device("cpu"), torch.float32)
     spec = detection.family.latent(detection.variant)
     buckets = Counter((item.num_frames, item.height, item.width) for item in samples.items)
-    memory = plan_memory(job, detection, samples, device, dtype, machine) if job.method == "lora" else None
+    memory = plan_memory(job, detection, samples, device, dtype, machine)
     return Plan(
         job=job,
         family=detection.family,
@@ -180,17 +180,13 @@ def make_plan(job: Job, machine: Machine | None = None) -> Plan:
         tokens={bucket: spec.tokens(*bucket) for bucket in buckets},
         steps=samples.total_steps,
         steps_per_epoch=samples.order.micro_per_epoch / samples.order.micro_per_step,
-        adapters=memory.model.adapters if memory else 0,
-        parameters=memory.model.parameters if memory else _all_parameters(detection),
+        adapters=memory.model.adapters,
+        parameters=memory.model.parameters,
         base_bytes=base.nbytes,
-        loras=memory.model.trained if memory else 0,
+        loras=memory.model.trained,
         memory=memory,
         mean_share=_mean_share(detection, buckets),
     )
-
-
-def _all_parameters(detection: Detection) -> int:
-    return sum(parameter.numel() for parameter in detection.family.build(detection.config).parameters())
 
 
 def _precision_on(machine: Machine, job: Job) -> str:

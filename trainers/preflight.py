@@ -36,8 +36,7 @@ from .run import Run, find_run
 def check(job: Job, started: bool = False) -> MemoryPlan | None:
     """Raises JobError with every problem of the job; when it can run, how it would on its card if nothing else were there.
 
-    None: that is not known (no card, or all weights are trained). A run that has `started` goes on from its own
-    checkpoints: what it began with may be gone.
+    None: there is no card. A run that has `started` goes on from its own checkpoints: what it began with may be gone.
     """
     if problems := list(find_problems(job, started)):
         raise JobError(problems, subject=f"The job {job.name} cannot run")
@@ -50,7 +49,7 @@ def check(job: Job, started: bool = False) -> MemoryPlan | None:
 def _plan_of_empty_card(job: Job) -> MemoryPlan | None:
     """Reads headers, computes nothing. Raises JobError when the job does not fit."""
     device = pick_device(job)
-    if device.type != "cuda" or job.method == "full":
+    if device.type != "cuda":
         return None
     dtype, encoded = DTYPES[pick_precision(job, device)], Encoded.open(Path(job.encoded), job.encoded_identity)
     detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)

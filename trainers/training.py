@@ -67,7 +67,7 @@ class Training:
     device: torch.device
     dtype: torch.dtype
     plan: MemoryPlan | None = None
-    """What was planned of the card's memory; None: there is no card, or all weights are trained."""
+    """What was planned of the card's memory; None: there is no card."""
     step: int = 0
     resident: Learner | None = None
 
@@ -153,7 +153,7 @@ def open_training(run: Run) -> Training:
 
 def _planned(job: Job, detection: Detection, samples: Samples) -> MemoryPlan | None:
     """The plan for the card as it is now. The training cannot take more of it than the plan was given, whatever comes."""
-    if samples.device.type != "cuda" or job.method != "lora":
+    if samples.device.type != "cuda":
         return None
     plan = plan_memory(job, detection, samples, samples.device, samples.dtype)
     share = min(plan.machine.free_bytes / plan.machine.total_bytes, 1.0)

@@ -24,6 +24,7 @@ from trainers.full import MOST_PARAMETERS, FullMethod, full_problems
 from trainers.inspection import inspect_file
 from trainers.job import Job, parse_job
 from trainers.load import load_transformer, native_state
+from trainers.machine import Card
 from trainers.plan import make_plan
 from trainers.run import Run
 from trainers.trainer import train
@@ -305,3 +306,18 @@ def test_plan_says_what_is_trained_and_how_large_it_becomes(tmp_path):
     assert f"about {12 * parameters / 2**20:.1f} MiB each, {36 * parameters / 2**20:.1f} MiB while the last of 2 is written" in text
     assert f"output   {tmp_path / 'models' / 'tiny'}" in text
     assert "LoRA" not in text
+    price = plan.memory.price
+    assert price.trained_bytes == (4 + 8) * parameters, "weights and AdamW's two averages, in float32"
+    assert price.weights_bytes <= 2**20, "all weights are trained; what is frozen are tables of positions"
+    assert price.step_bytes >= 4 * parameters, "the gradients of all weights"
+    assert "all weights and optimizer" in text
+
+
+def test_all_weights_in_bf16_are_planned_for_a_card(tmp_path):
+    fields = {"optimizer": {"kind": "adamw_kahan"}, "precision": "bf16", "gradient_checkpointing": True}
+    job = full_job(tmp_path, **fields)
+    card = Card("a card", 24.0, 100, 900, 22).machine(ram_gib=32)
+    plan = make_plan(job, card)
+    assert plan.memory.fits
+    assert not plan.memory.price.placement.streamed
+    assert plan.memory.price.trained_bytes < 9 * plan.parameters, "2 bytes of weight and 6 of adamw_kahan; some parts are float32"

@@ -26,7 +26,7 @@ from trainers.offload.arrangement import Arrangement
 from trainers.plan import make_plan
 
 SHAPE = StepShape((16, 8, 64, 64), 1, 256, 4096)
-MODEL = ModelBytes((GIB // 2,) * 40, 10 * GIB, GIB // 2, 400, 100_000_000)
+MODEL = ModelBytes((GIB // 2,) * 40, 10 * GIB, GIB // 2, 400, 100_000_000, 400_000_000)
 MACHINE = Machine("a card", "cuda", 24 * GIB, 23 * GIB, 64 * GIB, 100e12, 1e12, 20e9)
 
 
@@ -155,7 +155,7 @@ def test_when_nothing_fits_the_problem_says_what_would() -> None:
 
 
 def test_weights_are_quantised_when_that_is_what_lacks() -> None:
-    large = MadeUp(model=ModelBytes((3 * GIB,) * 8, 12 * GIB, GIB // 2, 400, 100_000_000))
+    large = MadeUp(model=ModelBytes((3 * GIB,) * 8, 12 * GIB, GIB // 2, 400, 100_000_000, 400_000_000))
     plan = chosen(replace(MACHINE, free_bytes=8 * GIB), large)
     assert 'memory.quantise = "fp8"' in str(too_large(plan, large))
     packed = MadeUp(model=replace(large.model, blocks=(int(0.6 * GIB),) * 8))
