@@ -100,7 +100,7 @@ CASES = [
     ("hunyuan", "checkpoints on the host", torch.float32),
     ("mochi", "chunks", torch.float32),
 ]
-"""Every family, and every way; all combinations agree too, and take a minute more."""
+"""Every family, and every way, once."""
 
 
 @pytest.mark.parametrize(("family_id", "way", "dtype"), CASES)
