@@ -51,14 +51,16 @@ def with_room(training: Training, work: Callable[[], Result]) -> Result:
     `work` must leave nothing behind when it is broken off but gradients, which are dropped. Raises RunError when the least
     there is does not fit.
     """
+    full = False
     while True:
         try:
+            if full:  # not in the except clause: until its end the error holds the tensors of the frames that it came through
+                _make_room(training)
             return work()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside the except clause: until its end the error holds the tensors of the frames that it came through.
-        _make_room(training)
+            full = True
 
 
 def _make_room(training: Training) -> None:
@@ -112,7 +114,12 @@ def meter_of(device: torch.device) -> Meter | None:
     """The card's own; None for a device that counts nothing."""
     if device.type != "cuda":
         return None
-    return Meter(lambda: torch.cuda.reset_peak_memory_stats(device), lambda: torch.cuda.max_memory_reserved(device))
+
+    def start() -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+    return Meter(start, lambda: torch.cuda.max_memory_reserved(device))
 
 
 def probe(training: Training, budget_bytes: int | None = None, meter: Meter | None = None) -> None:

@@ -145,6 +145,30 @@ def test_the_errors_tensors_are_free_before_the_step_is_done_again(wan_run, monk
     assert seen[1] is True
 
 
+def test_room_is_made_again_when_making_it_finds_none(wan_run, monkeypatch):
+    training, attempts = open_training(wan_run("again")), []
+    roomy(training)
+    rearranged = training.rearrange
+
+    def rearrange(arrangement):
+        attempts.append(arrangement)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        rearranged(arrangement)
+
+    monkeypatch.setattr(training, "rearrange", rearrange)
+    outcomes = iter([torch.OutOfMemoryError("CUDA out of memory"), "done"])
+
+    def work():
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert with_room(training, work) == "done"
+    assert len(attempts) == 2
+
+
 def metered(training, fixed_bytes: int) -> Meter:
     residency = training.learners[0].residency
     return Meter(lambda: None, lambda: fixed_bytes + residency.placement.device_bytes)
