@@ -19,7 +19,7 @@ from .conditions import first_frame_probability
 from .data.encoded import Encoded, EncodedItem
 from .errors import JobError
 from .experts import experts_of
-from .family import FIRST_FRAME, IMAGE_TEXT, LATENTS, Detection, Family, Variant
+from .family import FIRST_FRAME, IMAGE_TEXT, LATENTS, Detection, Family, LatentSpec, Variant
 from .job import Job
 from .load import load_transformer
 from .machine import Machine, this_machine
@@ -89,21 +89,27 @@ def largest_batch(job: Job, detection: Detection, encoded: Encoded, items: Seque
     """The batch of the job with the most tokens: of clips of one size, as many as there are up to `batch_size`."""
     family, variant = detection.family, detection.variant
     spec = family.latent(variant)
-    counts = Counter((item.num_frames, item.height, item.width) for item in items for _ in range(item.repeats))
-    batches = {size: min(count, job.batch_size) for size, count in counts.items()}
-    size = max(batches, key=lambda size: batches[size] * spec.tokens(*size))
+    size, batch_size = largest_size(items, spec, job.batch_size)
     item = next(item for item in items if (item.num_frames, item.height, item.width) == size)
     rows, width, pooled = _text(encoded, items)
     latents = spec.shape(*size)
     return StepShape(
         latents,
-        batches[size],
+        batch_size,
         rows,
         width,
         pooled,
         _extras(encoded, item, family, variant, latents),
         first_frame=first_frame_probability(job, family.first_frame(variant)) > 0 and latents[1] > 1,
     )
+
+
+def largest_size(items: Sequence[EncodedItem], spec: LatentSpec, batch_size: int) -> tuple[tuple[int, int, int], int]:
+    """(frames, height, width) of the clips whose batch has the most tokens, and how many are in it: up to `batch_size`."""
+    counts = Counter((item.num_frames, item.height, item.width) for item in items for _ in range(item.repeats))
+    batches = {size: min(count, batch_size) for size, count in counts.items()}
+    size = max(batches, key=lambda size: batches[size] * spec.tokens(*size))
+    return size, batches[size]
 
 
 def _text(encoded: Encoded, items: Sequence[EncodedItem]) -> tuple[int, int, int | None]:

@@ -17,7 +17,7 @@ from .machine import GIB, Machine
 from .memory_trace import ModelBytes, StepShape, StepTrace, Work
 from .offload.arrangement import Arrangement
 from .offload.host import STAGING_BUFFERS, STAGING_LIMIT_BYTES
-from .offload.placement import Placement, place
+from .offload.placement import SLOTS, Placement, place
 
 MIB = 2**20
 
@@ -149,7 +149,7 @@ def _placed(job: Job, traced: Traced, machine: Machine, base: Arrangement) -> It
             return
     nothing = _priced(job, traced.model, machine, replace(base, weights_bytes=0), step)
     left = machine.free_bytes - nothing.device_bytes - nothing.reserve_bytes + nothing.placement.device_bytes
-    budget = 0 if spec.stream == "always" else max(left, 0)
+    budget = max(min(left, SLOTS * max(blocks)) if spec.stream == "always" else left, 0)
     hosts: tuple[Literal["pinned", "mapped"], ...] = ("pinned", "mapped") if spec.host == "auto" else (spec.host,)
     for host in hosts:
         yield _priced(job, traced.model, machine, replace(base, weights_bytes=budget, host=host), step)

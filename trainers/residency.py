@@ -120,7 +120,7 @@ class Residency:
         )
 
 
-def tighter(arrangement: Arrangement, block_bytes: list[int]) -> Arrangement | None:
+def tighter(arrangement: Arrangement, block_bytes: list[int], can_stream: bool = True) -> Arrangement | None:
     """An arrangement that takes less of the device, by what costs the least time; None: there is none.
 
     First the inputs of blocks go to the host, then a tenth of the weights at a time, then the feed-forward is cut.
@@ -131,7 +131,7 @@ def tighter(arrangement: Arrangement, block_bytes: list[int]) -> Arrangement | N
         return replace(arrangement, activations="host")
     placement = place(block_bytes, arrangement.weights_bytes)
     smallest = place(block_bytes, 0).device_bytes
-    if placement.device_bytes > smallest:
+    if can_stream and placement.device_bytes > smallest:
         return replace(arrangement, weights_bytes=max(placement.device_bytes - max(sum(block_bytes) // 10, max(block_bytes)), smallest))
     return replace(arrangement, chunks=2 * arrangement.chunks) if arrangement.chunks < _MOST_CHUNKS else None
 

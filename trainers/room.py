@@ -1,6 +1,7 @@
 """Room on the device: the largest sample is tried before the first step, and a step for which there is none is done again with less.
 
-A step is a function of (job, data, number of the step), and what it changes it changes last, so doing it again is exact.
+What is done again are the forward and backward passes: a function of (job, data, number of the step), they change nothing but
+gradients. The optimizer's step comes after them, and is not repeated.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -16,6 +18,8 @@ from .data.order import MicroBatch
 from .errors import RunError
 from .family import IMAGE_TEXT
 from .flow import derived_seed
+from .job_memory import largest_size
+from .memory_plan import OPTIMIZER_BYTES
 from .memory_report import reasons
 from .offload.arrangement import Arrangement
 from .offload.placement import place
@@ -66,9 +70,7 @@ def with_room(training: Training, work: Callable[[], Result]) -> Result:
 def _make_room(training: Training) -> None:
     _drop_gradients(training)
     learner = training.learners[0]
-    arrangement = tighter(learner.residency.arrangement, learner.residency.block_bytes)
-    if training.job.lora.dora and arrangement is not None and arrangement.weights_bytes is not None:
-        arrangement = None
+    arrangement = tighter(learner.residency.arrangement, learner.residency.block_bytes, training.method.can_stream)
     if arrangement is None:
         raise RunError(
             f"the device has no memory for step {training.step}, and nothing is left that could wait elsewhere. "
@@ -135,46 +137,56 @@ def probe(training: Training, budget_bytes: int | None = None, meter: Meter | No
         budget_bytes = training.plan.machine.free_bytes if budget_bytes is None else budget_bytes
         planned = f"{training.plan.price.device_bytes / _GIB:.1f} GiB are planned."
         training.run.event("memory", step=training.step, message=" ".join([planned, *reasons(training.plan)]))
-    meter.start()
-    with_room(training, lambda: _try_largest(training))
+    with_room(training, lambda: _try_largest(training, meter))
     _drop_gradients(training)
-    residency, peak = training.learners[0].residency, meter.peak_bytes()
-    if budget_bytes is not None and (corrected := _corrected(residency.arrangement, residency.block_bytes, budget_bytes, peak)):
+    peak = meter.peak_bytes() + unmade_bytes(training)
+    if budget_bytes is not None and (corrected := _corrected(training, budget_bytes, peak)):
         training.rearrange(corrected)
     limit = f" of {budget_bytes / _GIB:.1f}" if budget_bytes is not None else ""
     training.run.event("memory", step=training.step, message=f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}")
 
 
-def _corrected(arrangement: Arrangement, block_bytes: list[int], budget_bytes: int, peak_bytes: int) -> Arrangement | None:
-    """More or fewer blocks on the device for what the plan had wrong; None: it was right to within a block.
+def unmade_bytes(training: Training) -> int:
+    """What optimizers will take that have made no step yet."""
+    waiting = [learner for learner in training.trained if not learner.optimizer.state]
+    each = OPTIMIZER_BYTES[training.job.optimizer.kind]
+    return int(each * sum(parameter.numel() for learner in waiting for parameter in learner.parameters))
 
-    Where all blocks stay there is nothing to gain, and a full device shows itself.
-    """
-    if arrangement.weights_bytes is None:
-        return None
+
+def _corrected(training: Training, budget_bytes: int, peak_bytes: int) -> Arrangement | None:
+    """More or fewer blocks on the device for what the plan had wrong; None: it was right to within a block."""
+    residency = training.learners[0].residency
+    arrangement, block_bytes = residency.arrangement, residency.block_bytes
     free = int(budget_bytes * (1 - _MARGIN)) - peak_bytes
-    now = place(block_bytes, arrangement.weights_bytes).device_bytes
+    if not training.method.can_stream or not sum(block_bytes) or not arrangement.checkpointing:
+        return None
+    if arrangement.weights_bytes is None and peak_bytes <= budget_bytes:
+        return None
     if -min(block_bytes) < free < max(block_bytes):
         return None
+    now = place(block_bytes, arrangement.weights_bytes).device_bytes
     return replace(arrangement, weights_bytes=max(now + free, 0))
 
 
-def _try_largest(training: Training) -> None:
+def _try_largest(training: Training, meter: Meter) -> None:
+    """With accumulation twice: then the gradients of the pass before are there too."""
+    meter.start()
     learner, _ = training.take_turn(max(training.step, 1))
     torch.manual_seed(derived_seed(training.job.seed, "probe"))
     batch = training.samples.batch(max(training.step, 1), largest(training), learner.sigmas).to(training.device)
-    loss = batch_loss(training.family, training.variant, learner.transformer, batch)
-    training.accelerator.backward(loss)
+    for _ in range(min(training.job.accumulation, 2)):
+        loss = batch_loss(training.family, training.variant, learner.transformer, batch)
+        training.accelerator.backward(loss)
 
 
 def largest(training: Training) -> MicroBatch:
-    """The largest micro-batch there is: of the bucket of most tokens, with the longest captions."""
+    """The largest micro-batch there is, with the longest captions of its size."""
     items, encoded = training.samples.items, training.encoded
     spec = training.family.latent(training.variant)
-    most = max(spec.tokens(item.num_frames, item.height, item.width) for item in items)
-    clips = [index for index, item in enumerate(items) if spec.tokens(item.num_frames, item.height, item.width) == most]
+    size, count = largest_size(items, spec, training.job.batch_size)
+    clips = [index for index, item in enumerate(items) if (item.num_frames, item.height, item.width) == size]
     clips = sorted(clips[:_LOOKED_AT], key=lambda index: _rows(encoded.cache, items[index].text), reverse=True)
-    return MicroBatch(tuple(clips[: training.job.batch_size]), 0, 0)
+    return MicroBatch(tuple(islice(cycle(clips), count)), 0, 0)
 
 
 def _rows(cache: Cache, text: str) -> int:

@@ -16,10 +16,10 @@ from .job import due
 from .optimizers import learning_rate_factor, set_learning_rate
 from .predict import batch_loss
 from .previews import Previews
-from .room import probe, with_room
+from .room import is_out_of_memory, probe, with_room
 from .run import Run
 from .run_status import OUTCOMES, Outcome
-from .training import Training, open_training, save_checkpoint
+from .training import Learner, Training, open_training, save_checkpoint
 
 
 def train(run: Run) -> Outcome:
@@ -45,7 +45,7 @@ def _train(training: Training) -> Outcome:
                 save_checkpoint(training)
             return OUTCOMES[asked]
         training.step += 1
-        metrics = with_room(training, lambda: optimize(training))
+        metrics = optimize(training)
         last = training.step == training.total_steps
         if due(training.step, run.job.held_out.every_steps, last):
             metrics |= with_room(training, lambda: held_out.loss(training.transformer_at, training.device, training.dtype))
@@ -72,19 +72,8 @@ def optimize(training: Training) -> dict[str, Any]:
     learner, turn = training.take_turn()
     learning_rate = learner.learning_rate * learning_rate_factor(job.optimizer, turn.step, turn.total_steps)
     set_learning_rate(learner.optimizer, learning_rate)
-    mine = training.batches.of_step(training.step)
-    loss_sum, sigma_sum = torch.zeros((), device=training.device), torch.zeros((), device=training.device)
-    for share in mine:
-        torch.manual_seed(derived_seed(job.seed, "step", training.step, share.index))
-        batch = training.batches.take(share)
-        with nullcontext() if share is mine[-1] else accelerator.no_sync(learner.transformer):
-            loss = batch_loss(training.family, training.variant, learner.transformer, batch)
-            accelerator.backward(loss / len(mine))
-        loss_sum += loss.detach() / len(mine)
-        sigma_sum += batch.sigma_B.mean() / len(mine)
-    grad_norm = accelerator.clip_grad_norm_(learner.parameters, job.optimizer.max_grad_norm or float("inf"))
-    learner.optimizer.step()
-    learner.optimizer.zero_grad(set_to_none=True)
+    loss_sum, sigma_sum = with_room(training, lambda: gradients(training, learner))
+    grad_norm = update(training, learner)
     loss, sigma, norm = accelerator.reduce(torch.stack([loss_sum, sigma_sum, grad_norm.float()]), "mean").tolist()
     check_finite(training, norm, loss)
     return {
@@ -96,6 +85,44 @@ def optimize(training: Training) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         **({"expert": learner.expert.name, "expert_step": turn.step} if learner.expert.name else {}),
     }
+
+
+def gradients(training: Training, learner: Learner) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accumulates the gradients of a step; the mean loss and noise level, on the device. Nothing else changes."""
+    job, accelerator = training.job, training.accelerator
+    mine = training.batches.of_step(training.step)
+    loss_sum, sigma_sum = torch.zeros((), device=training.device), torch.zeros((), device=training.device)
+    for share in mine:
+        torch.manual_seed(derived_seed(job.seed, "step", training.step, share.index))
+        batch = training.batches.take(share)
+        with nullcontext() if share is mine[-1] else accelerator.no_sync(learner.transformer):
+            loss = batch_loss(training.family, training.variant, learner.transformer, batch)
+            accelerator.backward(loss / len(mine))
+        loss_sum += loss.detach() / len(mine)
+        sigma_sum += batch.sigma_B.mean() / len(mine)
+    return loss_sum, sigma_sum
+
+
+def update(training: Training, learner: Learner) -> torch.Tensor:
+    """Moves the learner's parameters by their gradients, which are dropped; the gradients' norm, on the device.
+
+    Raises RunError when the device is full: some parameters may have moved, so this cannot be done again. The probe sees to
+    it that there is room.
+    """
+    try:
+        grad_norm: torch.Tensor = training.accelerator.clip_grad_norm_(
+            learner.parameters, training.job.optimizer.max_grad_norm or float("inf")
+        )
+        learner.optimizer.step()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"the device has no memory for the optimizer in step {training.step}. The checkpoints are kept; free the card of other "
+            "programs and resume the run, or train with a smaller memory.vram_gib or optimizer.kind adamw8bit."
+        ) from error
+    learner.optimizer.zero_grad(set_to_none=True)
+    return grad_norm
 
 
 def check_finite(training: Training, grad_norm: float, loss: float) -> None:

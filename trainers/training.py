@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .load import load_transformer
 from .memory_plan import MemoryPlan
 from .method import Method, method_of
 from .offload.arrangement import Arrangement
+from .offload.placement import SLOTS
 from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
@@ -193,6 +194,8 @@ def _learner(expert: Expert, job: Job, method: Method, accelerator: Accelerator,
     use_attention(transformer, job.speed.attention)
     parameters = method.inject(transformer, device) if expert.trained else []
     residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0)
+    if arrangement.weights_bytes == 0:  # all blocks are streamed, as the job says: through a whole ring
+        residency.rearrange(replace(arrangement, weights_bytes=SLOTS * max(residency.block_bytes, default=0)))
     rate = job.optimizer.learning_rate
     if expert.name == "low" and job.experts.learning_rate_low:
         rate = job.experts.learning_rate_low

@@ -20,7 +20,7 @@ from trainers.job import Job, parse_job
 from trainers.load import load_transformer
 from trainers.offload.arrangement import Arrangement
 from trainers.predict import batch_loss
-from trainers.room import probe, with_room
+from trainers.room import probe
 from trainers.run import Run
 from trainers.trainer import optimize, report
 from trainers.training import Training, open_training
@@ -78,7 +78,7 @@ def trainer_loop(job: Job, arrangement: Mapping[str, Any] | None = None) -> Loop
 
     def step() -> None:
         training.step += 1
-        report(training, with_room(training, lambda: optimize(training)))
+        report(training, optimize(training))
 
     return Loop(step, training.device, training)
 

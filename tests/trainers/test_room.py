@@ -194,6 +194,59 @@ def test_the_probe_corrects_the_plan(wan_run, surprise):
     assert all(parameter.grad is None for parameter in training.learners[0].parameters)
 
 
+def test_the_probe_leaves_room_for_an_optimizer_that_has_made_no_step(wan_run):
+    """A plan that is exactly right is not changed by it, and holds when the optimizer has its state."""
+    training = open_training(wan_run("exact", optimizer={"learning_rate": 1e-3, "kind": "adamw"}))
+    residency = training.learners[0].residency
+    state = 8 * sum(parameter.numel() for parameter in training.learners[0].parameters)
+    assert room.unmade_bytes(training) == state > 0
+    rest, block = 1_000_000, max(residency.block_bytes)
+    budget = int((rest + state + 4 * block) / 0.97) + 1
+    training.rearrange(dataclasses.replace(residency.arrangement, weights_bytes=4 * block))
+    made = residency.placement
+
+    def peak_bytes() -> int:
+        return rest + residency.placement.device_bytes + (state if training.learners[0].optimizer.state else 0)
+
+    probe(training, budget, Meter(lambda: None, peak_bytes))
+    assert residency.placement == made
+    training.step = 1
+    trainer.optimize(training)
+    assert room.unmade_bytes(training) == 0
+    assert peak_bytes() <= budget
+    probe(training, budget, Meter(lambda: None, peak_bytes))
+    assert residency.placement == made
+
+
+def test_the_meter_starts_again_with_each_attempt(wan_run, monkeypatch):
+    training, started = open_training(wan_run("attempts")), []
+    roomy(training)
+    tried = room.batch_loss
+
+    def loss(*args):
+        if len(started) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tried(*args)
+
+    monkeypatch.setattr(room, "batch_loss", loss)
+    probe(training, None, Meter(lambda: started.append(1), lambda: 1))
+    assert len(started) == 2
+
+
+def test_a_full_device_in_the_optimizer_s_step_is_told_and_not_done_twice(wan_run, monkeypatch):
+    training = open_training(wan_run("optimizer"))
+    training.step, steps = 1, []
+
+    def step(*args, **kwargs):
+        steps.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training.learners[0].optimizer, "step", step)
+    with pytest.raises(RunError, match="no memory for the optimizer in step 1"):
+        trainer.optimize(training)
+    assert steps == [1]
+
+
 def test_the_probe_changes_nothing_that_is_learnt(wan_run, monkeypatch):
     straight, probed = wan_run("straight"), wan_run("probed")
     train(straight)
