@@ -12,6 +12,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ Steps = Annotated[int, Field(ge=0)]
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class BaseSpec(_Spec):
@@ -266,16 +267,16 @@ class Job(_Spec):
     tensorboard: bool = True
     """Also write TensorBoard scalars into the run's folder, if tensorboard is installed."""
 
-    lora: LoraSpec = LoraSpec()
-    optimizer: OptimizerSpec = OptimizerSpec()
-    noise: NoiseSpec = NoiseSpec()
-    experts: ExpertsSpec = ExpertsSpec()
-    memory: MemorySpec = MemorySpec()
-    speed: SpeedSpec = SpeedSpec()
-    held_out: HeldOutSpec = HeldOutSpec()
-    previews: PreviewSpec = PreviewSpec()
-    checkpoints: CheckpointSpec = CheckpointSpec()
-    start: ContinueSpec = ContinueSpec()
+    lora: LoraSpec = Field(default_factory=LoraSpec)
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    noise: NoiseSpec = Field(default_factory=NoiseSpec)
+    experts: ExpertsSpec = Field(default_factory=ExpertsSpec)
+    memory: MemorySpec = Field(default_factory=MemorySpec)
+    speed: SpeedSpec = Field(default_factory=SpeedSpec)
+    held_out: HeldOutSpec = Field(default_factory=HeldOutSpec)
+    previews: PreviewSpec = Field(default_factory=PreviewSpec)
+    checkpoints: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    start: ContinueSpec = Field(default_factory=ContinueSpec)
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Job:
@@ -321,7 +322,7 @@ class Job(_Spec):
     def hash(self) -> str:
         """Hash of what is trained: folders, the run's name and where the output goes do not count."""
         content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder", "models_folder", "encoded"})
-        for (*tables, field), unset in _LATER.items():
+        for (*tables, field), unset in _later().items():
             table = content[tables[0]] if tables else content
             if table[field] == unset:
                 del table[field]
@@ -331,19 +332,21 @@ class Job(_Spec):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_LATER: dict[tuple[str, ...], Any] = {
-    ("conditions",): None,
-    ("guidance",): None,
-    ("lora", "dora"): False,
-    ("experts",): ExpertsSpec().model_dump(mode="json"),
-    ("memory",): MemorySpec().model_dump(mode="json"),
-    ("speed",): SpeedSpec().model_dump(mode="json"),
-    ("method",): "lora",
-    ("base", "transformer_low_noise"): None,
-    ("previews", "clip_folder"): None,
-    ("previews", "images"): [],
-}
-"""Fields that came after the first release, with what they are when they are not used: then a job keeps its hash."""
+@cache
+def _later() -> dict[tuple[str, ...], Any]:
+    """Fields that came after the first release, with what they are when they are not used: then a job keeps its hash."""
+    return {
+        ("conditions",): None,
+        ("guidance",): None,
+        ("lora", "dora"): False,
+        ("experts",): ExpertsSpec().model_dump(mode="json"),
+        ("memory",): MemorySpec().model_dump(mode="json"),
+        ("speed",): SpeedSpec().model_dump(mode="json"),
+        ("method",): "lora",
+        ("base", "transformer_low_noise"): None,
+        ("previews", "clip_folder"): None,
+        ("previews", "images"): [],
+    }
 
 
 def due(step: int, every_steps: int, last: bool) -> bool:
