@@ -28,7 +28,7 @@ from .settings import job_values, settings
 FREE_CARD, FREE_ALL, FREE_NOTHING = "free the card", "free the card and RAM", "keep its models loaded"
 
 _POLL_SECONDS = 0.5
-_SHOWN_LOG_LINES = 40
+_SHOWN_LOG_LINES = 60
 
 
 class TrainLoRA(io.ComfyNode):
