@@ -29,6 +29,11 @@ def blocks_of(transformer: nn.Module, family: Family) -> list[nn.Module]:
     return [block for name in family.blocks for block in transformer.get_submodule(name).children()]
 
 
+def arena_for(device: torch.device) -> Arena:
+    """Host memory for inputs of blocks on a device; it takes none before there is something to keep."""
+    return Arena(copies_of(device), device)
+
+
 class Residency:
     """One transformer's place on the device.
 
@@ -37,13 +42,25 @@ class Residency:
     """
 
     def __init__(
-        self, transformer: nn.Module, family: Family, device: torch.device, arrangement: Arrangement, *, random: bool = False
+        self,
+        transformer: nn.Module,
+        family: Family,
+        device: torch.device,
+        arrangement: Arrangement,
+        *,
+        random: bool = False,
+        arena: Arena | None = None,
     ) -> None:
-        """`transformer` lies on the CPU; what it holds now is frozen. `random`: it draws dropout in training."""
+        """`transformer` lies on the CPU; what it holds now is frozen. `random`: it draws dropout in training.
+
+        `arena`: where inputs of blocks wait in host memory, shared with transformers that are not on the device at the same
+        time; None: one of its own.
+        """
         self._device = device
         self._modules = blocks_of(transformer, family)
         self._token_wise = family.token_wise
         self._random = random
+        self._arena = arena_for(device) if arena is None else arena
         self._layouts = [BlockLayout.of(block) for block in self._modules]
         self._others = list(_others(transformer, self._modules))
         self._blocks = Blocks(self._modules, random=random)
@@ -108,11 +125,9 @@ class Residency:
         wanted = self.arrangement
         self._blocks.checkpointing = wanted.checkpointing
         in_chunks(self._modules, self._token_wise, wanted.chunks, self._random)
-        if wanted.activations == "host" and self._blocks.arena is None:
-            self._blocks.arena = Arena(copies_of(self._device), self._device)
-        elif wanted.activations == "device" and self._blocks.arena is not None:
-            self._blocks.arena.close()
-            self._blocks.arena = None
+        if wanted.activations == "device" and self._blocks.arena is not None:
+            self._arena.close()
+        self._blocks.arena = self._arena if wanted.activations == "host" else None
 
     def _bind_all(self, index: int, device: torch.device) -> None:
         bind(

@@ -21,12 +21,13 @@ from .job_memory import plan_memory
 from .load import load_transformer
 from .memory_plan import MemoryPlan
 from .method import Method, method_of
+from .offload.activations import Arena
 from .offload.arrangement import Arrangement
 from .offload.placement import SLOTS
 from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
-from .residency import Residency
+from .residency import Residency, arena_for
 from .run import Run
 from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
 
@@ -130,7 +131,8 @@ def open_training(run: Run) -> Training:
     )
     plan = _planned(job, detection, samples)
     arrangement = plan.arrangement if plan else arrangement_of(job)
-    learners = tuple(_learner(expert, job, method, accelerator, DTYPES[precision], arrangement) for expert in experts)
+    arena = arena_for(accelerator.device)
+    learners = tuple(_learner(expert, job, method, accelerator, DTYPES[precision], arrangement, arena) for expert in experts)
     training = Training(
         run=run,
         job=job,
@@ -181,7 +183,9 @@ def _sigmas_at(job: Job, learners: Sequence[Learner], total_steps: int) -> Calla
     return lambda step: trained[turn_of(step, total_steps, job.experts.turn_steps, len(trained)).index].sigmas
 
 
-def _learner(expert: Expert, job: Job, method: Method, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement) -> Learner:
+def _learner(
+    expert: Expert, job: Job, method: Method, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement, arena: Arena
+) -> Learner:
     """An expert with what is trained of it and its optimizer. It waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
     detection = detect(checkpoint, job.base.variant)
@@ -193,7 +197,7 @@ def _learner(expert: Expert, job: Job, method: Method, accelerator: Accelerator,
     )
     use_attention(transformer, job.speed.attention)
     parameters = method.inject(transformer, device) if expert.trained else []
-    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0)
+    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0, arena=arena)
     if arrangement.weights_bytes == 0:  # all blocks are streamed, as the job says: through a whole ring
         residency.rearrange(replace(arrangement, weights_bytes=SLOTS * max(residency.block_bytes, default=0)))
     rate = job.optimizer.learning_rate

@@ -1,5 +1,7 @@
 """The inputs of blocks, kept for the backward pass in pinned host memory instead of on the device.
 
+One arena serves all transformers of a training, since one of them at a time is on the device.
+
 They are taken back in reverse: a stack. Each of its levels has a buffer that is kept from step to step, so that memory is
 pinned once (as much as the largest sample needs, which is why it should come first).
 """
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 
 from .copies import Copies
-from .pinned import Buffer
+from .pinned import Buffer, PinningError, tell
 
 _LEAVING = 2
 """Tensors on their way to the host at once: a third one makes computing wait, rather than the device's memory fill up."""
@@ -24,6 +26,7 @@ class Arena:
     def __init__(self, copies: Copies, device: torch.device) -> None:
         self._copies, self._device = copies, device
         self._buffers: list[Buffer] = []
+        self._plain = False
         self._last: list[Any] = []
         self._kept: list[tuple[torch.Tensor, Any]] = []
         self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
@@ -71,7 +74,7 @@ class Arena:
         self._kept.clear()
 
     def close(self) -> None:
-        """Gives the host's memory back."""
+        """Gives the host's memory back, until there is something to keep again."""
         self.reset()
         for level in range(len(self._buffers)):
             self._close(level)
@@ -93,12 +96,22 @@ class Arena:
     def _place(self, level: int, tensor: torch.Tensor) -> torch.Tensor:
         """The level's buffer, as a tensor of the same shape and dtype."""
         if level == len(self._buffers):
-            self._buffers.append(Buffer(tensor.nbytes, self._device))
+            self._buffers.append(self._buffer(tensor.nbytes))
             self._last.append(None)
         elif self._buffers[level].bytes.numel() < tensor.nbytes:
             self._close(level)
-            self._buffers[level] = Buffer(tensor.nbytes, self._device)
+            self._buffers[level] = self._buffer(tensor.nbytes)
         return self._buffers[level].bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _buffer(self, nbytes: int) -> Buffer:
+        """Pinned, as long as the system lets so much be pinned; what follows is plain memory then, which is told once."""
+        if not self._plain:
+            try:
+                return Buffer(nbytes, self._device)
+            except PinningError as error:
+                self._plain = True
+                tell(f"{error} Inputs of blocks wait in memory that is not pinned, which is slower.")
+        return Buffer(nbytes, self._device, plain=True)
 
     def _close(self, level: int) -> None:
         """Gives a level's memory back when the last copy from or to it is done: computing may be far behind."""

@@ -44,7 +44,11 @@ class HostCopies:
 
 
 class CudaCopies:
-    """Copies between pinned memory and a card, on one stream."""
+    """Copies between host memory and a card, on one stream.
+
+    Copies from and to memory that is not pinned keep the stream's order too, but Python waits in `copy`: until the bytes lie
+    in the driver's own staging memory, or have come back from the card (cudaMemcpyAsync, CUDA's "API synchronization behavior").
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

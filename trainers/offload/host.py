@@ -17,7 +17,7 @@ import torch
 
 from .copies import Copies
 from .layout import BlockLayout
-from .pinned import Buffer
+from .pinned import Buffer, buffers, tell
 
 STAGING_BUFFERS = 2
 STAGING_LIMIT_BYTES = 2 << 30
@@ -39,12 +39,12 @@ class Master(Protocol):
 def master_of(
     kind: Literal["mapped", "pinned"], layouts: Sequence[BlockLayout], streamed: Sequence[int], copies: Copies, device: torch.device
 ) -> Master:
-    """The master of the `streamed` blocks. A system that lets too little memory be pinned gets "mapped"."""
+    """The master of the `streamed` blocks. A system that lets too little memory be pinned gets "mapped", which is told."""
     if kind == "pinned":
         try:
             return PinnedMaster({block: layouts[block] for block in streamed}, copies, device)
-        except (RuntimeError, MemoryError):
-            pass
+        except (RuntimeError, MemoryError) as error:
+            tell(f"{error} Streamed blocks wait in the mapped file.")
     return MappedMaster({block: layouts[block] for block in streamed}, copies, device)
 
 
@@ -52,7 +52,7 @@ class PinnedMaster:
     """A pinned copy of every block."""
 
     def __init__(self, layouts: dict[int, BlockLayout], copies: Copies, device: torch.device) -> None:
-        """Raises RuntimeError when not all of them can be pinned."""
+        """Raises PinningError when not all of them can be pinned, RuntimeError or MemoryError when there is no such memory."""
         self._copies = copies
         self._layouts = layouts
         self._buffers: dict[int, Buffer] = {}
@@ -85,7 +85,7 @@ class MappedMaster:
         self._layouts = layouts
         largest = max((layout.nbytes for layout in layouts.values()), default=0)
         count = STAGING_BUFFERS if STAGING_BUFFERS * largest <= STAGING_LIMIT_BYTES else 1
-        self._free: deque[tuple[Buffer, Any]] = deque((Buffer(largest, device), None) for _ in range(count))
+        self._free: deque[tuple[Buffer, Any]] = deque((buffer, None) for buffer in buffers(largest, count, device))
         self._thread = ThreadPoolExecutor(1, "video-trainer-weights")
         self.private_bytes = count * largest
 

@@ -81,7 +81,7 @@ def test_gradients_are_those_of_plain_autograd(how, dropout):
     wanted = gradients(copy.deepcopy(model))
     blocks, copies = Blocks(list(model.blocks), random=dropout > 0), Adversary()
     if how in ("in the arena", "all of it"):
-        blocks.arena = Arena(copies, CPU)
+        blocks.arena = Arena(Adversary(strict=True), CPU)
     if how in ("mapped", "pinned", "some streamed", "all of it"):
         streamed(blocks, copies, "pinned" if how == "pinned" else "mapped", 5000 if how == "some streamed" else 0)
     found = gradients(model)
@@ -112,7 +112,7 @@ def test_inputs_that_no_trained_block_made_stay_on_the_device():
 def test_a_broken_off_step_leaves_nothing_behind():
     model = Model()
     wanted = gradients(copy.deepcopy(model))
-    blocks = Blocks(list(model.blocks), arena=Arena(Adversary(), CPU))
+    blocks = Blocks(list(model.blocks), arena=Arena(Adversary(strict=True), CPU))
     streamed(blocks, Adversary())
     model(torch.randn(2, 6, WIDTH), torch.randn(2, 3, WIDTH))  # no backward pass
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_a_broken_off_step_leaves_nothing_behind():
 
 def test_longer_samples_after_shorter_ones():
     model = Model()
-    arena = Arena(Adversary(), CPU)
+    arena = Arena(Adversary(strict=True), CPU)
     Blocks(list(model.blocks), arena=arena)
     for tokens in (4, 9, 2):
         model(torch.randn(1, tokens, WIDTH), torch.randn(1, 3, WIDTH)).backward()

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from adversary import Adversary
+from adversary import Adversary, refuse_unfinished
 from torch import nn
 
 from trainers.offload.copies import HostCopies
@@ -130,17 +130,48 @@ def test_closing_gives_the_files_tensors_back():
 
 def test_the_adversary_sees_a_missing_mark():
     """The queue of the tests is worth something: it refuses a copy over what is computed with."""
-    copies, memory = Adversary(), torch.zeros(4)
+    copies, memory, source = Adversary(), torch.zeros(4), torch.ones(4)
     copies.uses(memory)
     with pytest.raises(AssertionError, match="still computed with"):
-        copies.copy(memory, torch.ones(4), None)
-    copies.wait(copies.copy(memory, torch.ones(4), copies.mark()))
+        copies.copy(memory, source, None)
+    copies.wait(copies.copy(memory, source, copies.mark()))
     assert memory.tolist() == [1.0] * 4
 
 
 def test_the_adversary_is_late():
-    copies, memory = Adversary(), torch.zeros(4)
-    end = copies.copy(memory, torch.ones(4), None)
+    copies, memory, source = Adversary(), torch.zeros(4), torch.ones(4)
+    end = copies.copy(memory, source, None)
     assert memory.isnan().all()
     copies.wait(end)
     assert memory.tolist() == [1.0] * 4
+
+
+def test_the_adversary_sees_freed_memory():
+    copies, memory, source = Adversary(), torch.zeros(4), torch.ones(4)
+    copies.copy(memory, source, None)
+    copies.mark()
+    del source
+    with pytest.raises(AssertionError, match="freed before"):
+        copies.mark()
+
+
+def test_the_adversary_lets_the_host_write_after_finish_only():
+    copies, memory, source = Adversary(), torch.zeros(8), torch.ones(8)
+    copies.copy(memory[:4], source[:4], None)
+    last = copies.copy(memory[4:], source[4:], None)
+    copies.wait(last)
+    for touched in (memory, source):
+        with pytest.raises(AssertionError, match="not finished"):
+            refuse_unfinished(touched[:4])
+    copies.finish(last)
+    refuse_unfinished(memory)
+    refuse_unfinished(source)
+
+
+def test_a_strict_adversary_wants_the_newest_mark():
+    copies, memory, source = Adversary(strict=True), torch.zeros(4), torch.ones(4)
+    old, new = copies.mark(), copies.mark()
+    for mark in (None, old):
+        with pytest.raises(AssertionError, match="before its bytes are computed"):
+            copies.copy(memory, source, mark)
+    copies.copy(memory, source, new)

@@ -1,0 +1,31 @@
+"""Host memory is watched in every test of this folder: nobody writes or closes it while a queue may still copy from or to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adversary import refuse_unfinished
+
+from trainers.offload.layout import BlockLayout
+from trainers.offload.pinned import Buffer, tell
+
+
+@pytest.fixture(autouse=True)
+def host_memory_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    write, close = BlockLayout.write, Buffer.close
+
+    def watched_write(layout: BlockLayout, run: torch.Tensor) -> None:
+        refuse_unfinished(run)
+        write(layout, run)
+
+    def watched_close(buffer: Buffer) -> None:
+        refuse_unfinished(buffer.bytes)
+        close(buffer)
+
+    monkeypatch.setattr(BlockLayout, "write", watched_write)
+    monkeypatch.setattr(Buffer, "close", watched_close)
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_told() -> None:
+    tell.cache_clear()
