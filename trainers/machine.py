@@ -15,6 +15,7 @@ import torch
 from .errors import JobError, Problem
 
 GIB = 2**30
+MIB = 2**20
 ASSUMED_DISK_RATE = 2e9
 """Bytes per second of a file that is not in memory: an NVMe drive. Not measured, a file may be cached while it is tried."""
 ASSUMED_HOST_COPY_RATE = 8e9
@@ -46,9 +47,13 @@ class Machine:
     measured: bool = False
 
     def with_limits(self, vram_gib: float | None, ram_gib: float | None) -> Machine:
-        """The same machine, of which a training may take no more than these, whatever is free."""
-        free = self.free_bytes if vram_gib is None else int(vram_gib * GIB)
-        return replace(self, free_bytes=free, ram_bytes=self.ram_bytes if ram_gib is None else int(ram_gib * GIB))
+        """The same machine, of which a training may take no more than these, and no more than is free."""
+        free, ram = _at_most(self.free_bytes, vram_gib), _at_most(self.ram_bytes, ram_gib)
+        return replace(self, free_bytes=free, ram_bytes=ram)
+
+
+def _at_most(free_bytes: int, limit_gib: float | None) -> int:
+    return free_bytes if limit_gib is None else int(min(free_bytes, limit_gib * GIB))
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,9 @@ class Card:
 
     def machine(self, ram_gib: float, vram_gib: float | None = None) -> Machine:
         """A host of `ram_gib` with this card and nothing else on it; `vram_gib`: another size than its own."""
-        total = int((vram_gib or self.gib) * GIB)
+        total = int((self.gib if vram_gib is None else vram_gib) * GIB)
         rates = self.tera_flops * 1e12, self.memory_gb_per_second * 1e9, self.copy_gb_per_second * 1e9
-        free = total - _CONTEXT_BYTES
+        free = max(total - _CONTEXT_BYTES, 0)
         return Machine(self.name, "cuda", total, free, int(ram_gib * GIB), *rates, bf16=self.bf16, turing=not self.bf16)
 
 
@@ -82,7 +87,7 @@ CARDS = (
 
 
 def card_of(name: str | None, vram_gib: float | None) -> Card:
-    """The card of the table of that name, or the nearest in size (a T4 only by its name).
+    """The card of the table of that name, however it is spaced and capitalised, or the nearest in size (a T4 only by its name).
 
     Raises JobError for a name that is not in the table.
     """
@@ -90,9 +95,13 @@ def card_of(name: str | None, vram_gib: float | None) -> Card:
         assert vram_gib is not None, "a card has a name or a size"
         return min((card for card in CARDS if card.bf16), key=lambda card: abs(card.gib - vram_gib))
     for card in CARDS:
-        if card.name.lower() == name.lower():
+        if _letters(card.name) == _letters(name):
             return card
     raise JobError(Problem(f"--card is {name}", f"known are {', '.join(card.name for card in CARDS)}", "Give --vram instead."))
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -167,6 +176,13 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def size_text(byte_count: int) -> str:
+    """A size as people read it: in GiB, and below 0.05 of them in MiB."""
+    if byte_count >= 0.05 * GIB:
+        return f"{byte_count / GIB:.1f} GiB"
+    return f"{byte_count / MIB:.0f} MiB" if byte_count >= 10 * MIB else f"{byte_count / MIB:.2g} MiB"
 
 
 def available_ram() -> int:

@@ -13,13 +13,11 @@ from typing import Literal, Protocol
 
 from .errors import Problem
 from .job import Job, MemorySpec
-from .machine import GIB, Machine
+from .machine import GIB, MIB, Machine, size_text
 from .memory_trace import ModelBytes, StepShape, StepTrace, Work
 from .offload.arrangement import Arrangement
 from .offload.host import STAGING_BUFFERS, STAGING_LIMIT_BYTES
 from .offload.placement import SLOTS, Placement, place
-
-MIB = 2**20
 
 WORKSPACE_BYTES = 40 * MIB
 """cuBLAS keeps 32 MiB on Hopper and 8 elsewhere for its stream; a little more for index tensors and norms."""
@@ -205,12 +203,12 @@ def too_large(plan: MemoryPlan, traced: Traced) -> Problem:
     """What is wrong when nothing fits, and what would: less of one thing at a time."""
     price, machine, job = plan.price, plan.machine, plan.job
     needed, free = price.device_bytes + price.reserve_bytes, machine.free_bytes
-    where = f"{machine.name} has {free / GIB:.1f} GiB for it"
+    where = f"{machine.name} has {size_text(free)} for it"
     if needed <= free:
-        needed, free, where = price.host_bytes, machine.ram_bytes, f"{machine.ram_bytes / GIB:.1f} GiB of the machine's memory are free"
+        needed, free, where = price.host_bytes, machine.ram_bytes, f"{size_text(free)} of the machine's memory are free"
     remedies = list(_remedies(plan, traced))
     remedy = f"Use {' or '.join(remedies)}." if remedies else "Use a smaller model, or a larger card."
-    return Problem(f"the largest batch of {job.name} takes {needed / GIB:.1f} GiB at the least", where, remedy)
+    return Problem(f"the largest batch of {job.name} takes {size_text(needed)} at the least", where, remedy)
 
 
 def _remedies(plan: MemoryPlan, traced: Traced) -> Iterator[str]:

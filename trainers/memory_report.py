@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from .machine import GIB
+from .machine import GIB, size_text
 from .memory_plan import MemoryPlan
 
 
@@ -14,10 +15,10 @@ def report(plan: MemoryPlan, run_seconds: float) -> list[str]:
     trained = "all weights" if plan.job.method == "full" else "LoRA"
     rates = "measured" if machine.measured else "assumed, not measured"
     return [
-        f"{price.device_bytes / GIB:.1f} GiB of {_where(plan)} at the most: weights {price.weights_bytes / GIB:.1f}, "
-        f"{trained} and optimizer {price.trained_bytes / GIB:.1f}, the largest step {price.step_bytes / GIB:.1f}; "
-        f"{price.reserve_bytes / GIB:.1f} more must be free, {machine.free_bytes / GIB:.1f} are",
-        f"{price.host_bytes / GIB:.1f} GiB of the machine's memory; {machine.ram_bytes / GIB:.1f} are free",
+        f"{size_text(price.device_bytes)} of {_where(plan)} at the most: weights {size_text(price.weights_bytes)}, "
+        f"{trained} and optimizer {size_text(price.trained_bytes)}, the largest step {size_text(price.step_bytes)}; "
+        f"{size_text(price.reserve_bytes)} more must be free, {size_text(machine.free_bytes)} may be taken",
+        f"{size_text(price.host_bytes)} of the machine's memory; {size_text(machine.ram_bytes)} may be taken",
         f"{seconds(price.step_seconds)} a step of the largest clips, about {seconds(run_seconds)} for the whole run "
         f"({machine.flops_rate / 1e12:.3g} TFLOPS and {machine.copy_rate / 1e9:.3g} GB/s to it, {rates})",
         *reasons(plan),
@@ -26,11 +27,11 @@ def report(plan: MemoryPlan, run_seconds: float) -> list[str]:
 
 def summary(plan: MemoryPlan) -> str:
     """What the plan takes of the device, and what was chosen and why, to follow a colon."""
-    return f"at the most {plan.price.device_bytes / GIB:.1f} GiB of {_where(plan)}. {' '.join(reasons(plan))}"
+    return f"at the most {size_text(plan.price.device_bytes)} of {_where(plan)}. {' '.join(reasons(plan))}"
 
 
 def _where(plan: MemoryPlan) -> str:
-    return plan.machine.name if plan.machine.device == "cpu" else f"{plan.machine.name} ({plan.machine.total_bytes / GIB:.0f} GiB)"
+    return plan.machine.name if plan.machine.device == "cpu" else f"{plan.machine.name} ({plan.machine.total_bytes / GIB:.3g} GiB)"
 
 
 def reasons(plan: MemoryPlan) -> list[str]:
@@ -38,26 +39,37 @@ def reasons(plan: MemoryPlan) -> list[str]:
     price, chosen = plan.price, plan.arrangement
     placement, blocks = price.placement, len(plan.model.blocks)
     if placement.streamed:
-        gib = sum(plan.model.blocks[index] for index in placement.streamed) / GIB
+        waiting = size_text(sum(plan.model.blocks[index] for index in placement.streamed))
         waits = "in pinned memory" if chosen.host == "pinned" else "in the mapped file"
-        text = f"{len(placement.streamed)} of {blocks} blocks ({gib:.1f} GiB) wait {waits} and come when they are used"
-        found = [f"{text}, {_told(plan, 'stream') or 'because the rest of the card is needed for the step'}; {_hidden(plan)}."]
+        text = f"{len(placement.streamed)} of {blocks} blocks ({waiting}) wait {waits} and come when they are used"
+        found = [f"{text}, {_told(plan, 'stream', 'always') or 'because the rest of the card is needed for the step'}; {_hidden(plan)}."]
     else:
-        found = [f"All weights stay on the device, {_told(plan, 'stream') or 'because they fit'}."]
+        found = [f"All weights stay on the device, {_told(plan, 'stream', 'never') or 'because they fit'}."]
     if chosen.activations == "host":
-        found.append(f"The inputs of blocks wait in pinned memory, {_told(plan, 'activations') or 'which leaves room on the card'}.")
-    if chosen.chunks > 1:
         found.append(
-            f"Feed-forwards are computed in {chosen.chunks} parts, {_told(plan, 'chunks') or 'which costs some time and leaves room'}."
+            f"The inputs of blocks wait in pinned memory, {_told(plan, 'activations', 'host') or 'which leaves room on the card'}."
         )
+    if chosen.chunks > 1:
+        why = _told(plan, "chunks", chosen.chunks) or "which costs some time and leaves room"
+        found.append(f"Feed-forwards are computed in {chosen.chunks} parts, {why}.")
     if not chosen.checkpointing:
         found.append("Nothing is computed twice, because the job says gradient_checkpointing = false.")
-    return found
+    return [*found, *_more_than_free(plan)]
 
 
-def _told(plan: MemoryPlan, field: str) -> str | None:
+def _told(plan: MemoryPlan, field: str, chosen: str | int) -> str | None:
+    """That the job says so; None where it says nothing, or not what was chosen."""
     value = getattr(plan.job.memory, field)
-    return None if value in ("auto", None) else f"because the job says memory.{field} = {value!r}"
+    return f"because the job says memory.{field} = {value!r}" if value == chosen else None
+
+
+def _more_than_free(plan: MemoryPlan) -> Iterator[str]:
+    """Limits of the job that are above what is free, which counts then."""
+    memory, machine = plan.job.memory, plan.machine
+    limits = (("vram_gib", memory.vram_gib, machine.free_bytes), ("ram_gib", memory.ram_gib, machine.ram_bytes))
+    for field, limit_gib, free_bytes in limits:
+        if limit_gib is not None and limit_gib * GIB >= free_bytes + 1:
+            yield f"The job says memory.{field} = {limit_gib:g}, but only {size_text(free_bytes)} are free, which counts."
 
 
 def _hidden(plan: MemoryPlan) -> str:
@@ -95,10 +107,14 @@ def as_values(plan: MemoryPlan, run_seconds: float) -> dict[str, Any]:
         "trained_bytes": price.trained_bytes,
         "step_bytes": price.step_bytes,
         "host_bytes": price.host_bytes,
+        "compute_seconds": price.compute_seconds,
+        "copy_seconds": price.copy_seconds,
         "step_seconds": price.step_seconds,
         "run_seconds": run_seconds,
         "streamed_blocks": len(price.placement.streamed),
         "blocks": len(plan.model.blocks),
+        "slots": price.placement.slots,
+        "slot_bytes": price.placement.slot_bytes,
         "host": chosen.host,
         "activations": chosen.activations,
         "checkpointing": chosen.checkpointing,

@@ -138,6 +138,7 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
     yield from quantise_problems(job)
+    yield from _memory_problems(job)
     yield from _compile_problems(job)
     checks: list[Callable[[], object]] = [
         lambda: _check_device(job),
@@ -152,6 +153,26 @@ def _setting_problems(job: Job, started: bool, family: Family | None = None) -> 
             attempt()
         except VideoTrainerError as error:
             yield from _problems("", error)
+
+
+def _memory_problems(job: Job) -> Iterator[Problem]:
+    """What of memory.* this job cannot have."""
+    memory = job.memory
+    if memory.stream == "always" and job.lora.dora:
+        rule = "DoRA measures every row of the base, so all of it stays on the device"
+        yield Problem("memory.stream is always and lora.dora is true", rule, "Set memory.stream to auto, or lora.dora to false.")
+    if job.gradient_checkpointing:
+        return
+    wanted = (
+        ("activations", memory.activations, memory.activations == "host", "auto"),
+        ("chunks", memory.chunks, memory.chunks is not None and memory.chunks > 1, "1"),
+        ("stream", memory.stream, memory.stream == "always", "auto"),
+    )
+    for field, value, needs_it, default in wanted:
+        if needs_it:
+            remedy = f"Set gradient_checkpointing to true, or memory.{field} to {default}."
+            rule = "it needs blocks that are computed again in the backward pass"
+            yield Problem(f"memory.{field} is {value} and gradient_checkpointing is false", rule, remedy)
 
 
 def _compile_problems(job: Job) -> Iterator[Problem]:

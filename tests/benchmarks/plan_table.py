@@ -7,6 +7,7 @@ Planned, not measured: memory is traced on the meta device from the real headers
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -61,6 +62,7 @@ ROWS = (
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     names = " | ".join(f"{card.gib:.0f} GB<br>{card.name}" for card in CARDS)
     print(f"| planned | clips, rank | {names} |\n|---|---|{'---|' * len(CARDS)}")
     with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ Prints the scores after training. The demo's own score means something only if t
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
@@ -29,7 +30,9 @@ def shuffle_captions(folder: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="DIR", help="where clips, run and videos go")
+    out = parser.parse_args().out.resolve()
     if not (out / "clips").exists():
         demo.write_clips(out / "clips")
         shuffle_captions(out / "clips")

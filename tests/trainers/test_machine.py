@@ -13,6 +13,7 @@ from trainers.machine import (
     available_ram,
     card_of,
     cgroup_folders,
+    size_text,
     this_machine,
 )
 
@@ -52,6 +53,7 @@ def test_a_card_is_known_by_its_size_or_name() -> None:
     assert card_of(None, 12).name == "RTX 3060"
     assert card_of(None, 22).name == "RTX 4090"
     assert not card_of("t4", None).bf16
+    assert card_of("rtx4090", None) == card_of(" Rtx-4090", 8) == card_of("RTX 4090", None)
     with pytest.raises(JobError, match="RTX 4090"):
         card_of("GTX 1080", None)
 
@@ -62,3 +64,24 @@ def test_a_stated_card_leaves_room_for_its_context() -> None:
         assert machine.free_bytes < machine.total_bytes == int(card.gib * GIB)
         assert not machine.measured
         assert machine.turing is not card.bf16
+
+
+def test_a_card_of_almost_nothing_has_nothing_free() -> None:
+    machine = card_of(None, 0.1).machine(32, 0.1)
+    assert machine.free_bytes == 0
+    assert machine.total_bytes == int(0.1 * GIB)
+
+
+def test_limits_are_never_above_what_is_free() -> None:
+    machine = card_of("RTX 4090", None).machine(32)
+    assert machine.with_limits(None, None) == machine
+    assert machine.with_limits(100, float("inf")) == machine
+    less = machine.with_limits(8, 16)
+    assert (less.free_bytes, less.ram_bytes) == (8 * GIB, 16 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 MiB"), (2**20, "1 MiB"), (50 * 2**20, "50 MiB"), (52 * 2**20, "0.1 GiB"), (3 * GIB, "3.0 GiB")]
+)
+def test_small_sizes_are_not_nothing(size: int, text: str) -> None:
+    assert size_text(size) == text

@@ -20,7 +20,7 @@ from trainers.job import Job, parse_job
 from trainers.job_memory import tracer_of
 from trainers.machine import GIB, Machine, card_of
 from trainers.memory_plan import MemoryPlan, choose, too_large
-from trainers.memory_report import reasons
+from trainers.memory_report import as_values, reasons, report
 from trainers.memory_trace import ModelBytes, StepShape, StepTrace, Work
 from trainers.offload.arrangement import Arrangement
 from trainers.plan import make_plan
@@ -138,6 +138,38 @@ def test_what_the_job_forbids_is_not_done() -> None:
     assert chosen(replace(MACHINE, free_bytes=300 * GIB), gradient_checkpointing=False).arrangement == Arrangement(checkpointing=False)
 
 
+def test_reasons_name_the_job_only_where_it_was_followed() -> None:
+    never = chosen(replace(MACHINE, free_bytes=79 * GIB), memory={"stream": "never"})
+    assert reasons(never) == ["All weights stay on the device, because the job says memory.stream = 'never'."]
+    always = chosen(memory={"stream": "always", "activations": "host", "chunks": 4})
+    assert all("because the job says memory." in reason for reason in reasons(always))
+    nothing = MadeUp(model=replace(MODEL, blocks=(0,) * 40))
+    kept = chosen(traced=nothing, memory={"stream": "always"})
+    assert not kept.price.placement.streamed
+    assert "stream" not in " ".join(reasons(kept))
+
+
+def test_a_limit_above_what_is_free_is_not_believed() -> None:
+    plan = chosen(memory={"vram_gib": 80, "ram_gib": 500})
+    assert plan.price == chosen().price
+    assert reasons(plan)[-2:] == [
+        "The job says memory.vram_gib = 80, but only 23.0 GiB are free, which counts.",
+        "The job says memory.ram_gib = 500, but only 64.0 GiB are free, which counts.",
+    ]
+    assert "only" not in " ".join(reasons(chosen(memory={"vram_gib": 16.1, "ram_gib": 32.3})))
+
+
+def test_the_report_has_no_zeros_for_small_sizes_and_all_values() -> None:
+    plan = chosen(traced=MadeUp(model=replace(MODEL, parameters=1_000_000, parameter_bytes=4_000_000)))
+    lines = report(plan, 100.0)
+    assert "LoRA and optimizer 11 MiB" in lines[0]
+    assert " 0.0" not in lines[0]
+    values = as_values(plan, 100.0)
+    assert values["slots"] == 2
+    assert values["slot_bytes"] == GIB // 2
+    assert (values["compute_seconds"], values["copy_seconds"]) == (plan.price.compute_seconds, plan.price.copy_seconds)
+
+
 def test_two_experts_keep_two_optimizers_and_one_model() -> None:
     one = chosen().price
     two = chosen(traced=MadeUp(model=replace(MODEL, trained=2))).price
@@ -182,6 +214,26 @@ def test_a_job_is_planned_for_another_machine(tmp_path: Path, capsys: pytest.Cap
     assert values["memory"]["run_seconds"] == pytest.approx(job.steps * values["memory"]["step_seconds"])
     assert main(["plan", str(tmp_path / "job.json"), "--card", "T4"]) == 0
     assert "T4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--vram", "--ram"])
+@pytest.mark.parametrize("value", ["nan", "0", "-8", "inf", "much"])
+def test_sizes_of_another_machine_are_positive_numbers(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", "job.json", "--card", "T4", f"{option}={value}"])
+    assert exit_.value.code == 2
+    assert f"{option}: it is {value}; it must be above 0" in capsys.readouterr().err
+
+
+def test_ram_alone_is_no_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job.json").write_text(tiny_job(tmp_path).canonical_json())
+    assert main(["plan", str(tmp_path / "job.json"), "--ram", "16"]) == 1
+    assert "set memory.ram_gib in the job" in capsys.readouterr().err
+
+
+def test_a_card_smaller_than_its_context_is_one_message() -> None:
+    plan = chosen(card_of(None, 0.1).machine(32, 0.1))
+    assert "RTX 4060 has 0 MiB for it" in str(too_large(plan, MadeUp()))
 
 
 def test_a_tiny_card_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

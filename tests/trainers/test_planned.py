@@ -33,7 +33,10 @@ def test_a_job_that_fits_comes_with_its_plan(job: Job, monkeypatch: pytest.Monke
     assert kept == hand_over(job)
     assert plan
     assert plan.price.device_bytes > 2**20
-    assert summary(plan) == "at the most 0.0 GiB of RTX 4090 (24 GiB). All weights stay on the device, because they fit."
+    assert (
+        summary(plan)
+        == f"at the most {plan.price.device_bytes / 2**20:.2g} MiB of RTX 4090 (24 GiB). All weights stay on the device, because they fit."
+    )
 
 
 def test_one_that_cannot_fit_says_so_with_a_remedy(job: Job, monkeypatch: pytest.MonkeyPatch):

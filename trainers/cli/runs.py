@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import steering
-from ..errors import RunError
+from ..errors import JobError, Problem, RunError
 from ..launch import last_log_lines, launch
 from ..run import Run, attach_or_create, find_run, list_runs, run_of
 from ..run_status import last_measures
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 RUNS_FOLDER = "output/runs"
 _SHOWN_EVENTS = 8
+_USUAL_RAM_GIB = 32.0
+_MOST_GIB = 1e6
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -30,8 +32,8 @@ def add_verbs(verbs: Verbs) -> None:
     parser = add_verb(verbs, "plan", plan, "check a job and say what it would train, what that takes and how long")
     parser.add_argument("job", type=Path, metavar="JOB")
     other = parser.add_argument_group("another machine than this one")
-    other.add_argument("--vram", type=float, metavar="GIB", help="memory of its card; the card of that size that most people have")
-    other.add_argument("--ram", type=float, default=32.0, metavar="GIB", help="memory of the machine that is free (32)")
+    other.add_argument("--vram", type=_gib, metavar="GIB", help="memory of its card; the card of that size that most people have")
+    other.add_argument("--ram", type=_gib, metavar="GIB", help=f"memory of the machine that is free ({_USUAL_RAM_GIB:g})")
     other.add_argument("--card", metavar="NAME", help="a card by its name, such as T4")
     parser.add_argument("--json", action="store_true", help="as JSON, for other programs")
     parser = add_verb(verbs, "train", train, "train a job in the background and follow it; the same job again attaches or resumes")
@@ -49,6 +51,17 @@ def add_verbs(verbs: Verbs) -> None:
         parser.add_argument("--runs", type=Path, default=Path(RUNS_FOLDER), metavar="DIR", help=f"where the runs are ({RUNS_FOLDER})")
 
 
+def _gib(text: str) -> float:
+    """A size that a machine can have. Raises ArgumentTypeError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= _MOST_GIB:
+        raise argparse.ArgumentTypeError(f"it is {text}; it must be above 0 and at most {_MOST_GIB:,.0f} GiB. Give a number, such as 12.")
+    return value
+
+
 def plan(options: argparse.Namespace) -> None:
     """Print what a job would train; all its problems at once when it cannot."""
     from ..job import read_job
@@ -59,12 +72,15 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def _other_machine(options: argparse.Namespace) -> Machine | None:
-    """The machine that the options describe; None: this one. Raises JobError for a card that is not known."""
+    """The machine that the options describe; None: this one. Raises JobError for a card that is not known, or none."""
     from ..machine import card_of
 
     if options.vram is None and options.card is None:
+        if options.ram is not None:
+            remedy = "Add one of them; for less of this machine's memory, set memory.ram_gib in the job."
+            raise JobError(Problem(f"--ram is {options.ram:g}", "another machine has a card, which --vram or --card names", remedy))
         return None
-    return card_of(options.card, options.vram).machine(options.ram, options.vram)
+    return card_of(options.card, options.vram).machine(options.ram or _USUAL_RAM_GIB, options.vram)
 
 
 def train(options: argparse.Namespace) -> int:
