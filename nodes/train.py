@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io
@@ -14,8 +14,6 @@ from ..trainers.data.encoded import Encoded
 from ..trainers.errors import DatasetError, JobError, Problem, RunError
 from ..trainers.job import Job, parse_job
 from ..trainers.launch import last_log_lines, launch
-from ..trainers.memory_plan import MemoryPlan
-from ..trainers.memory_report import summary
 from ..trainers.plan import planned
 from ..trainers.preflight import check_settings
 from ..trainers.run import HowFound, Run, attach_or_create
@@ -24,6 +22,9 @@ from . import host
 from .records import BASE, ENCODED, PREVIEWS, RUN, Base, EncodedData, PreviewSettings, RunFolder
 from .schema import schema
 from .settings import job_values, settings
+
+if TYPE_CHECKING:
+    from ..trainers.memory_plan import MemoryPlan
 
 FREE_CARD, FREE_ALL, FREE_NOTHING = "free the card", "free the card and RAM", "keep its models loaded"
 
@@ -205,8 +206,14 @@ def _told(run: Run, how: HowFound, plan: MemoryPlan | None) -> str:
         "attached": f"{run.name}: is already training, {steps} done",
         "done": f"{run.name}: was trained already, {steps} done. Change a setting or the name to train another",
     }[how]
-    memory = f"\nThe plan, with nothing else on the card: {summary(plan)}" if plan and how in ("created", "resumed") else ""
+    memory = _plan_told(plan) if plan and how in ("created", "resumed") else ""
     return f"{what}.\nLoRA files: {Path(run.job.loras_folder).name}/{run.name}\nProgress: the Video Trainer tab in the sidebar.{memory}"
+
+
+def _plan_told(plan: MemoryPlan) -> str:
+    from ..trainers.memory_report import summary  # there was a plan, so all of it is loaded
+
+    return f"\nThe plan, with nothing else on the card: {summary(plan)}"
 
 
 def _wait(run: Run) -> RunStatus:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,12 +19,12 @@ from .experts import experts_of
 from .family import Detection, Family, Variant, detect
 from .full import full_lines
 from .job import Job
-from .job_memory import plan_memory
-from .machine import Machine
-from .memory_plan import MemoryPlan
-from .memory_report import as_values, report
 from .preflight import check
 from .run import run_of
+
+if TYPE_CHECKING:
+    from .machine import Machine
+    from .memory_plan import MemoryPlan
 
 Bucket = tuple[int, int, int]
 """Frames, height and width in pixels."""
@@ -67,6 +67,8 @@ class Plan:
 
     def as_values(self) -> dict[str, Any]:
         """As plain values, for other programs."""
+        from .memory_report import as_values
+
         return {
             "name": self.job.name,
             "variant": self.variant.id,
@@ -112,6 +114,8 @@ class Plan:
         ]
 
     def _memory_lines(self) -> list[str]:
+        from .memory_report import report
+
         return report(self.memory, self.run_seconds)
 
     def _expert_lines(self) -> list[str]:
@@ -160,6 +164,8 @@ def planned(job: Job) -> tuple[Job, MemoryPlan | None]:
 
 def make_plan(job: Job, machine: Machine | None = None) -> Plan:
     """What the job would train, on this machine or on another one. Raises JobError with every problem."""
+    from .job_memory import plan_memory
+
     check(job if machine is None else job.model_copy(update={"device": "auto", "precision": "auto"}))
     base = Checkpoint.open(job.base.transformer)
     detection = detect(base, job.base.variant)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,14 +24,14 @@ from .even_blocks import block_problem
 from .family import Detection, Family, detect, detect_vae, family_of
 from .full import full_problems
 from .job import Job, LoraSpec
-from .job_memory import plan_memory
 from .lora import dora_problem
 from .lora_description import describe
-from .machine import empty_card
-from .memory_plan import MemoryPlan
 from .optimizers import check_optimizer
 from .quantise import check_quantiser, quantise_problems
 from .run import Run, find_run
+
+if TYPE_CHECKING:
+    from .memory_plan import MemoryPlan
 
 
 def check(job: Job, started: bool = False) -> MemoryPlan | None:
@@ -51,6 +52,9 @@ def _plan_of_empty_card(job: Job) -> MemoryPlan | None:
     device = pick_device(job)
     if device.type != "cuda":
         return None
+    from .job_memory import plan_memory  # with all that a step is made of: not while ComfyUI starts
+    from .machine import empty_card
+
     dtype, encoded = DTYPES[pick_precision(job, device)], Encoded.open(Path(job.encoded), job.encoded_identity)
     detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
     samples = Samples.of(job, detection.family, detection.variant, encoded, 1, device, dtype)
