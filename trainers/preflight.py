@@ -170,7 +170,7 @@ def _memory_problems(job: Job) -> Iterator[Problem]:
     wanted = (
         ("activations", memory.activations, memory.activations == "host", "auto"),
         ("chunks", memory.chunks, memory.chunks is not None and memory.chunks > 1, "1"),
-        ("stream", memory.stream, memory.stream == "always", "auto"),
+        ("stream", memory.stream, memory.stream == "always" and job.method == "lora", "auto"),
     )
     for field, value, needs_it, default in wanted:
         if needs_it:

@@ -31,7 +31,7 @@ def wan_run(tmp_path, monkeypatch):
 
     def make(name: str, **fields) -> Run:
         # all Linears can be streamed, as they are on a card
-        fields = {"memory": {"stream": "always"}, "steps": 3, **fields}
+        fields = {"memory": {"stream": "always"}, "gradient_checkpointing": True, "steps": 3, **fields}
         return Run.create(tiny_job_of(tmp_path / name, family, family.variants[0], **fields))
 
     return make
