@@ -42,7 +42,8 @@ def deeper(monkeypatch):
 
 
 def opened(folder, family, variant, **fields) -> Training:
-    job = tiny_job_of(folder, family, variant, **{"lora": {"rank": 2, "dropout": 0.25}, **fields})
+    fields = {"lora": {"rank": 2, "dropout": 0.25}, "gradient_checkpointing": "memory" in fields, **fields}
+    job = tiny_job_of(folder, family, variant, **fields)
     if variant in detect(Checkpoint.open(job.base.transformer)).variants:  # a tiny model cannot be told by its size
         job = job.model_copy(update={"base": job.base.model_copy(update={"variant": variant.id})})
     return open_training(Run.create(job))

@@ -299,5 +299,5 @@ def test_a_run_is_kept_as_it_is_planned(wan_run, monkeypatch):
 def test_what_cannot_fit_is_told_before_anything_is_loaded(wan_run, free_bytes):
     training = open_training(wan_run("too small"))
     detection = detect(Checkpoint.open(training.job.base.transformer))
-    with pytest.raises(JobError, match="GiB at the least"):
+    with pytest.raises(JobError, match="MiB at the least"):
         plan_memory(training.job, detection, training.samples, training.device, torch.float32, small_card(free_bytes))
