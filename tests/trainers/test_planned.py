@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.trainers.tiny import tiny_job
+from trainers import machine as machine_module
 from trainers import memory_plan, preflight
 from trainers.errors import JobError
 from trainers.job import Job
@@ -23,7 +24,7 @@ def job(tmp_path: Path) -> Job:
 
 def _with_card(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     monkeypatch.setattr(preflight, "pick_device", lambda job: torch.device("cuda"))
-    monkeypatch.setattr(preflight, "empty_card", lambda device: machine)
+    monkeypatch.setattr(machine_module, "empty_card", lambda device: machine)
 
 
 def test_a_job_that_fits_comes_with_its_plan(job: Job, monkeypatch: pytest.MonkeyPatch):
