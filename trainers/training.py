@@ -170,7 +170,7 @@ def arrangement_of(job: Job) -> Arrangement:
     return Arrangement(
         weights_bytes=0 if memory.stream == "always" else None,
         host="pinned" if memory.host == "pinned" else "mapped",
-        checkpointing=job.gradient_checkpointing or memory.stream == "always",
+        checkpointing=job.gradient_checkpointing,
         activations="host" if memory.activations == "host" else "device",
         chunks=memory.chunks or 1,
         compile=job.speed.compile,
