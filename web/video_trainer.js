@@ -119,7 +119,7 @@ function executed(node, output) {
 
 /** The report of a node that was made anew from a saved graph. */
 function recall(node) {
-  if (!node.graph) return; // it was removed meanwhile
+  if (node.graph?.getNodeById(node.id) !== node) return; // it was removed meanwhile; a cleared graph leaves its nodes their `graph`
   drawReport(node, textOf(app.nodeOutputs?.[keyOf(node)]) || told()?.get(keyOf(node)));
 }
 

@@ -176,6 +176,16 @@ def test_a_run_that_is_not_there_is_no_matter(page):
     assert _report(page, TRAIN) == ""
 
 
+def test_a_node_of_a_graph_that_was_replaced_shows_nothing_more(page, any_server):
+    """Its timers still run when the next graph's node of the same number has told something."""
+    _load(page, _graph("never-seen-here"))
+    _load(page, _graph(variant=_another_variant(any_server)))
+    _run_graph(page)
+    _wait_for_report(page, BASE, "Wan 2.1 T2V")
+    page.wait_for_timeout(3500)
+    assert page.locator(REPORT).count() == 1
+
+
 def test_after_a_change_of_tabs_reports_are_there_again(page, any_server):
     _load(page, _graph(variant=_another_variant(any_server)))
     _run_graph(page)
