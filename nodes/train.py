@@ -16,7 +16,7 @@ from ..trainers.job import Job, parse_job
 from ..trainers.launch import last_log_lines, launch
 from ..trainers.plan import planned
 from ..trainers.preflight import check_settings
-from ..trainers.run import HowFound, Run, attach_or_create
+from ..trainers.run import HowFound, Run, attach_or_create, not_taken
 from ..trainers.run_status import RunStatus
 from . import host
 from .records import BASE, ENCODED, PREVIEWS, RUN, Base, EncodedData, PreviewSettings, RunFolder
@@ -90,7 +90,7 @@ class TrainLoRA(io.ComfyNode):
             if comfyui_memory != FREE_NOTHING:
                 host.free_memory(also_ram=comfyui_memory == FREE_ALL)
             launch(run)
-        shown = {"text": [_told(run, how, plan)], "video_trainer_run": [run.name]}
+        shown = {"text": [_told(run, how, plan, job)], "video_trainer_run": [run.name]}
         return io.NodeOutput(RunFolder(str(run.folder)), ui=shown)
 
 
@@ -197,7 +197,7 @@ def _version(encoded: EncodedData, previews: PreviewSettings | None) -> Encoded:
     return version
 
 
-def _told(run: Run, how: HowFound, plan: MemoryPlan | None) -> str:
+def _told(run: Run, how: HowFound, plan: MemoryPlan | None, job: Job) -> str:
     status = run.status()
     steps = f"{status.step} of {status.total_steps or '?'} steps"
     what = {
@@ -207,6 +207,8 @@ def _told(run: Run, how: HowFound, plan: MemoryPlan | None) -> str:
         "done": f"{run.name}: was trained already, {steps} done. Change a setting or the name to train another",
     }[how]
     memory = _plan_told(plan) if plan and how in ("created", "resumed") else ""
+    if how == "attached" and (other := not_taken(run, job)):
+        memory = f"\n{other}"
     return f"{what}.\nLoRA files: {Path(run.job.loras_folder).name}/{run.name}\nProgress: the Video Trainer tab in the sidebar.{memory}"
 
 

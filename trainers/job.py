@@ -110,7 +110,10 @@ class ExpertsSpec(_Spec):
 
 
 class MemorySpec(_Spec):
-    """How a model that is larger than the card is trained. What is left out or "auto", the plan chooses."""
+    """How a model that is larger than the card is trained. What is left out or "auto", the plan chooses.
+
+    All but `quantise` says only where things wait; a run goes on with other such settings.
+    """
 
     vram_gib: Annotated[float, Field(gt=0)] | None = None
     """What training may take of the card, in GiB; None: what is free when it starts."""
@@ -319,9 +322,20 @@ class Job(_Spec):
         """The job as sorted JSON: equal strings are equal jobs."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
+    def trains_the_same(self, other: Job) -> bool:
+        """Whether a run of the one job is a run of the other, under its own name: where things wait in memory may differ."""
+        mine = self.with_memory_of(other).model_copy(update={"name": other.name})
+        return mine.canonical_json() == other.canonical_json()
+
+    def with_memory_of(self, other: Job) -> Job:
+        """This job with the settings of `other` that say where things wait: all of `memory` but `quantise`."""
+        memory = other.memory.model_copy(update={"quantise": self.memory.quantise})
+        return self.model_copy(update={"memory": memory})
+
     def hash(self) -> str:
-        """Hash of what is trained: folders, the run's name and where the output goes do not count."""
+        """Hash of what is trained: folders, the run's name, where the output goes and where things wait do not count."""
         content = self.model_dump(mode="json", exclude={"name", "runs_folder", "loras_folder", "models_folder", "encoded"})
+        content["memory"] = {"quantise": self.memory.quantise}
         for (*tables, field), unset in _later().items():
             table = content[tables[0]] if tables else content
             if table[field] == unset:
@@ -340,7 +354,7 @@ def _later() -> dict[tuple[str, ...], Any]:
         ("guidance",): None,
         ("lora", "dora"): False,
         ("experts",): ExpertsSpec().model_dump(mode="json"),
-        ("memory",): MemorySpec().model_dump(mode="json"),
+        ("memory",): {"quantise": "none"},
         ("speed",): SpeedSpec().model_dump(mode="json"),
         ("method",): "lora",
         ("base", "transformer_low_noise"): None,

@@ -31,7 +31,7 @@ from .job import Job, parse_job
 from .lock import FileLock, probe
 from .run_status import Request, RunStatus, last_state, make_status
 from .step_folders import StepFolders
-from .whole_files import remove_partial_files, rename
+from .whole_files import remove_partial_files, rename, written_beside
 
 JOB_FILE = "job.json"
 _LONGEST_NAME = 100
@@ -102,6 +102,14 @@ class Run:
         if not isinstance(values, dict):
             raise JobError(Problem(f"{path} is no object", "a job is an object of fields", "Restore it, or start a new run."))
         return parse_job(values)
+
+    def take_memory_of(self, job: Job) -> None:
+        """From its next worker on the run keeps things where `job` says."""
+        changed = self.job.with_memory_of(job)
+        if changed.memory != self.job.memory:
+            with written_beside(self.folder / JOB_FILE) as path:
+                path.write_text(changed.canonical_json(), "utf-8")
+            self.job = changed
 
     @property
     def samples_folder(self) -> Path:
@@ -211,7 +219,8 @@ def attach_or_create(job: Job) -> tuple[Run, HowFound]:
     """The run of a job: the one that has it already, else a new one.
 
     "attached": a worker is at it. "resumed": it ended or was interrupted before its last step; requests to stop or
-    pause are cleared, and it waits to be launched. "done": nothing is left to do. "created": new, waits to be launched.
+    pause are cleared, it takes the job's `memory`, and waits to be launched.
+    "done": nothing is left to do. "created": new, waits to be launched.
     A name that another job has used becomes `name-2`, `name-3`, ... Raises RunError when no folder can be made.
     """
     job = job.with_absolute_paths(Path.cwd())
@@ -225,11 +234,11 @@ def attach_or_create(job: Job) -> tuple[Run, HowFound]:
                 return Run.create(_with_free_name(job)), "created"
     except OSError as error:
         raise RunError(f"{runs_folder} cannot be used ({error}); runs are made there. Change runs_folder or its permissions.") from None
-    return run, _take_up(run)
+    return run, _take_up(run, job)
 
 
 def run_of(job: Job) -> Run | None:
-    """The existing run with this job (its paths absolute), apart from the number behind its name."""
+    """The existing run that trains this job (its paths absolute), apart from the number behind its name."""
     if not Path(job.runs_folder).is_dir():
         return None
     for folder in sorted(Path(job.runs_folder).iterdir(), key=lambda folder: (len(folder.name), folder.name)):
@@ -237,9 +246,16 @@ def run_of(job: Job) -> Run | None:
         if folder.name != job.name and not (ending and folder.name == _numbered(job.name, int(ending[1]))):
             continue
         run = _run_or_none(folder)
-        if run and run.job.model_copy(update={"name": job.name}).canonical_json() == job.canonical_json():
+        if run and run.job.trains_the_same(job):
             return run
     return None
+
+
+def not_taken(run: Run, job: Job) -> str:
+    """What to say of `memory` when a run that a worker is at was asked for again; empty when it is as it was."""
+    if run.job.memory == job.memory:
+        return ""
+    return f"{run.name} is at work with other memory settings: pause it and start it again with these, and it goes on with them."
 
 
 def list_runs(runs_folder: Path) -> list[Run]:
@@ -261,11 +277,12 @@ def find_run(runs_folder: Path, text: str) -> Run:
     raise RunError(f"No run {text!r} in {runs_folder}; a run is given by its name or its folder. {known}")
 
 
-def _take_up(run: Run) -> HowFound:
+def _take_up(run: Run, job: Job) -> HowFound:
     if run.live:
         return "attached"
     if last_state(run.read_events())[0] == "done":
         return "done"
+    run.take_memory_of(job)
     run.clear("stop")
     run.clear("pause")
     return "resumed"

@@ -103,6 +103,24 @@ def test_a_killed_run_is_interrupted_and_the_same_command_goes_on(job_file, tmp_
     assert "cat: resumed, worker" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_with_other_memory_settings_once_it_is_paused(job_file, tmp_path, capsys, until):
+    assert main(["train", job_file("slow"), "--detach"]) == 0
+    run = find_run(tmp_path / "runs", "cat")
+    until(run, "training")
+    path = job_file("slow", memory={"vram_gib": 10})
+    assert main(["train", path, "--detach"]) == 0
+    assert "cat is at work with other memory settings: pause it" in capsys.readouterr().out
+    assert main(["pause", "cat", *_runs(tmp_path)]) == 0
+    until(run, "paused")
+    assert main(["train", path, "--detach"]) == 0
+    printed = capsys.readouterr().out
+    assert "cat: resumed" in printed
+    assert "at work" not in printed
+    run.request("stop")
+    until(run, "stopped")
+    assert find_run(tmp_path / "runs", "cat").job.memory.vram_gib == 10
+
+
 def test_resume_needs_a_run_that_exists(job_file, capsys):
     assert main(["train", job_file(), "--resume"]) == 1
     assert "Leave --resume out to start it" in capsys.readouterr().err

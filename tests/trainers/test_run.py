@@ -13,8 +13,8 @@ import pytest
 
 from trainers import step_folders
 from trainers.errors import JobError, RunError
-from trainers.job import Job, parse_job
-from trainers.run import Run, attach_or_create, find_run, list_runs
+from trainers.job import Job, MemorySpec, parse_job
+from trainers.run import Run, attach_or_create, find_run, list_runs, not_taken
 
 ROOT = Path(__file__).parents[2]
 
@@ -202,6 +202,40 @@ def test_a_changed_job_is_a_new_run(job):
     assert attach_or_create(changed)[0].job.name == "cat-2"
     again, how = attach_or_create(third)
     assert (again.name, how) == ("cat-3", "resumed")
+
+
+def test_a_run_goes_on_with_other_memory_settings(job):
+    run, _ = attach_or_create(job)
+    smaller = job.model_copy(update={"memory": MemorySpec(vram_gib=10, stream="always", host="pinned", activations="host", chunks=4)})
+    with run.lock():
+        again, how = attach_or_create(smaller)
+        assert (again.folder, how) == (run.folder, "attached")
+        assert again.job.memory == job.memory, "a worker is at it"
+        assert "pause it" in not_taken(again, smaller)
+    again, how = attach_or_create(smaller)
+    assert (again.folder, how) == (run.folder, "resumed")
+    written = smaller.with_absolute_paths(Path.cwd()).canonical_json()
+    assert Run.open(run.folder).job.canonical_json() == again.job.canonical_json() == written
+    assert not_taken(again, smaller) == ""
+    assert smaller.hash() == job.hash(), "it trains the same"
+    _finish(run, "done")
+    assert attach_or_create(job)[1] == "done"
+    assert Run.open(run.folder).job.canonical_json() == written, "as it was trained"
+
+
+def test_a_run_under_a_number_keeps_it_with_other_memory_settings(job):
+    attach_or_create(job)
+    changed = job.model_copy(update={"steps": 200})
+    attach_or_create(changed)
+    run, _ = attach_or_create(changed.model_copy(update={"memory": MemorySpec(vram_gib=10)}))
+    assert (run.name, run.job.name, run.job.steps, run.job.memory.vram_gib) == ("cat-2", "cat-2", 200, 10)
+
+
+def test_other_weights_are_another_run(job):
+    attach_or_create(job)
+    quantised = job.model_copy(update={"memory": MemorySpec(quantise="fp8")})
+    assert attach_or_create(quantised)[0].name == "cat-2"
+    assert quantised.hash() != job.hash()
 
 
 def test_a_deleted_first_run_does_not_hide_the_second(job):

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import TinyShape, as_fp8_scaled, tiny_job, write_encoded
 
-from trainers import previews, trainer
+from trainers import previews, residency, trainer
 from trainers.demo.demo import VAE
 from trainers.errors import JobError, RunError, VideoTrainerError
-from trainers.job import Job, parse_job
+from trainers.job import Job, MemorySpec, parse_job
 from trainers.run import Run, attach_or_create
 from trainers.trainer import train
 from trainers.training import lora_path
@@ -168,6 +168,27 @@ def test_extends_refuses_what_would_not_be_the_same_run(tmp_path):
         "batch_size is 3, in first it is 1",
         "steps is 2",
     ]
+
+
+def test_a_run_that_goes_on_streamed_writes_the_same_lora(tmp_path, monkeypatch):
+    """As after a card that was too small: `memory` is changed and the same job is trained again."""
+    settings = {"steps": 4, "gradient_checkpointing": True, "lora": {"rank": 4, "dropout": 0.2}}
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "changed").mkdir()
+    straight = Run.create(tiny_job(tmp_path / "straight", TinyShape(layers=3), **settings))
+    train(straight)
+    streams, stream = [], residency.Stream
+    monkeypatch.setattr(residency, "Stream", lambda *args: streams.append(stream(*args)) or streams[-1])
+    job = tiny_job(tmp_path / "changed", TinyShape(layers=3), **settings)
+    stopped, _ = attach_or_create(job)
+    stopped.metrics = stop_after(stopped, 2)
+    train(stopped)
+    assert not streams
+    again, how = attach_or_create(job.model_copy(update={"memory": MemorySpec(stream="always", activations="host")}))
+    assert (again.folder, how, again.checkpoints()) == (stopped.folder, "resumed", [2])
+    assert train(again) == "done"
+    assert streams, "made in the second session, which asked for it"
+    assert lora_path(straight, 4).read_bytes() == lora_path(again, 4).read_bytes(), "job hash in its metadata included"
 
 
 def test_a_name_whose_loras_are_kept_is_not_taken_again(tmp_path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .. import steering
 from ..errors import JobError, Problem, RunError
 from ..launch import last_log_lines, launch
-from ..run import Run, attach_or_create, find_run, list_runs, run_of
+from ..run import Run, attach_or_create, find_run, list_runs, not_taken, run_of
 from ..run_status import last_measures
 from .follow import follow, measured, one_line
 from .verbs import add_verb
@@ -94,6 +94,8 @@ def train(options: argparse.Namespace) -> int:
     run, how = attach_or_create(job)
     if how == "created" and run.name != job.name:
         print(_why_another_name(run, job))
+    if how == "attached" and (told := not_taken(run, job)):
+        print(told)
     return _start_and_follow(run, how, options.detach)
 
 
@@ -103,7 +105,7 @@ def _why_another_name(run: Run, job: Job) -> str:
     if not (folder / "job.json").is_file():
         return f"{job.name} has files of an earlier run; this one is {run.name}."
     earlier = Run.open(folder)
-    mine, theirs = job.model_dump(mode="json"), earlier.job.model_dump(mode="json")
+    mine, theirs = job.model_dump(mode="json"), earlier.job.with_memory_of(job).model_dump(mode="json")
     changed = ", ".join(field for field in mine if mine[field] != theirs[field])
     text = f"{job.name} exists with another job (different: {changed}); this is a new run, {run.name}, from the beginning."
     if step := earlier.latest_checkpoint():
