@@ -44,7 +44,7 @@ def reasons(plan: MemoryPlan) -> list[str]:
         text = f"{len(placement.streamed)} of {blocks} blocks ({waiting}) wait {waits} and come when they are used"
         found = [f"{text}, {_told(plan, 'stream', 'always') or 'because the rest of the card is needed for the step'}; {_hidden(plan)}."]
     else:
-        found = [f"All weights stay on the device, {_told(plan, 'stream', 'never') or 'because they fit'}."]
+        found = [f"All weights stay on the device, {_told(plan, 'stream', 'never') or _whether_they_fit(plan)}."]
     if chosen.activations == "host":
         found.append(
             f"The inputs of blocks wait in pinned memory, {_told(plan, 'activations', 'host') or 'which leaves room on the card'}."
@@ -55,6 +55,10 @@ def reasons(plan: MemoryPlan) -> list[str]:
     if not chosen.checkpointing:
         found.append("Nothing is computed twice, because the job says gradient_checkpointing = false.")
     return [*found, *_more_than_free(plan)]
+
+
+def _whether_they_fit(plan: MemoryPlan) -> str:
+    return "because they fit" if plan.fits else "although that does not fit"
 
 
 def _told(plan: MemoryPlan, field: str, chosen: str | int) -> str | None:

@@ -186,6 +186,12 @@ def test_when_nothing_fits_the_problem_says_what_would() -> None:
     assert "memory.*" in str(too_large(chosen(memory={"stream": "never"}), MadeUp()))
 
 
+def test_what_does_not_fit_is_not_said_to() -> None:
+    plan = chosen(replace(MACHINE, device="cpu", free_bytes=gib(9)))
+    assert not plan.fits
+    assert reasons(plan)[0] == "All weights stay on the device, although that does not fit."
+
+
 def test_weights_are_quantised_when_that_is_what_lacks() -> None:
     large = MadeUp(model=ModelBytes((3 * GIB,) * 8, 12 * GIB, GIB // 2, 400, 100_000_000, 400_000_000))
     plan = chosen(replace(MACHINE, free_bytes=8 * GIB), large)

@@ -96,12 +96,14 @@ class MappedMaster:
     def _send(self, block: int, target: torch.Tensor, after: Any) -> Any:
         layout = self._layouts[block]
         buffer, last = self._free.popleft()
-        if last is not None:
-            self._copies.finish(last)
-        layout.write(buffer.bytes)
-        end = self._copies.copy(target[: layout.nbytes], buffer.bytes[: layout.nbytes], after)
-        self._free.append((buffer, end))
-        return end
+        try:
+            if last is not None:
+                self._copies.finish(last)
+            layout.write(buffer.bytes)
+            last = self._copies.copy(target[: layout.nbytes], buffer.bytes[: layout.nbytes], after)
+        finally:
+            self._free.append((buffer, last))
+        return last
 
     def close(self) -> None:
         self._thread.shutdown()

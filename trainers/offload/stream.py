@@ -8,6 +8,7 @@ forward again. What was used last is needed first after a turn, so it stays: wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -67,9 +68,10 @@ class Stream:
     def close(self) -> None:
         """Gives all memory back; the Linears have the host's tensors again."""
         for arrival in self._arrival:
-            if (end := arrival()) is not None:
-                self._copies.wait(end)
-                self._copies.finish(end)
+            with suppress(OSError, RuntimeError):  # of a block that could not be sent: nobody wants it any more
+                if (end := arrival()) is not None:
+                    self._copies.wait(end)
+                    self._copies.finish(end)
         self._master.close()
         self._slots.clear()
         for block in self._placement.streamed:

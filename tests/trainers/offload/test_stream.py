@@ -116,6 +116,29 @@ def test_a_block_that_was_not_fetched_cannot_be_computed():
     assert all(tensor.is_meta for linear in frozen_linears(ring.blocks[5]) for tensor in linear.stored_tensors().values())
 
 
+def test_a_block_that_could_not_be_sent_is_told_and_the_ring_can_be_closed(monkeypatch):
+    ring = Ring([40] * 6, 0, "mapped", HostCopies())
+    write = BlockLayout.write
+
+    def unreadable(layout: BlockLayout, run: torch.Tensor) -> None:
+        if layout is ring.layouts[2]:
+            raise OSError("the disk is gone")
+        write(layout, run)
+
+    monkeypatch.setattr(BlockLayout, "write", unreadable)
+    ring.compute(0, "turning")
+    ring.compute(1, "turning")
+    with pytest.raises(OSError, match="gone"):
+        ring.compute(2, "turning")
+    ring.stream.close()
+    assert all(torch.equal(a, b) for a, b in zip(contents(ring.blocks[2]), ring.wanted[2], strict=True))
+    again = Stream(ring.layouts, ring.placement, "mapped", HostCopies(), CPU)
+    for index in (3, 4, 5):
+        again.fetch(index, "turning")
+        assert all(torch.equal(a, b) for a, b in zip(contents(ring.blocks[index]), ring.wanted[index], strict=True))
+    again.close()
+
+
 def test_closing_gives_the_files_tensors_back():
     ring = Ring([40] * 6, 0, "mapped", Adversary())
     ring.step()
