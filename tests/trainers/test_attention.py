@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ class Asked:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Every library is here, and is this one."""
     from diffusers.models import attention_dispatch
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -114,8 +113,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
         registered = AttentionBackendName(backend.diffusers_name)
         monkeypatch.setitem(_AttentionBackendRegistry._backends, registered, library)
         monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, registered, {"query", "key", "value", "attn_mask"})
-    yield library
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.NATIVE)  # a model's choice changes it
+    return library
 
 
 def velocity(family: Family, variant: Variant, transformer: torch.nn.Module, lengths: list[int], dtype: torch.dtype) -> torch.Tensor:

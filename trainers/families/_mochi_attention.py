@@ -19,7 +19,6 @@ class JointAttention:
     """What diffusers calls a processor: set on a MochiAttention, it computes its forward pass."""
 
     _attention_backend: Any = None
-    _parallel_config: Any = None
 
     def __call__(
         self,
@@ -39,7 +38,6 @@ class JointAttention:
             *_rows(attn, hidden_states, encoder_hidden_states, image_rotary_emb),
             attn_mask=mask,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )
         video_BND, text_BLD = attended_BAHD.flatten(2).split((tokens, encoder_hidden_states.shape[1]), dim=1)
         for layer in attn.to_out:
