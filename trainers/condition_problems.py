@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .conditions import preview_image
+from .conditions import negative_prompt, preview_image
 from .data.encoded import Encoded
 from .errors import Problem
 from .family import IMAGE_TEXT, LATENTS, Family, FirstFrameRule, Variant
 from .job import Job, PreviewSpec
-from .previews import negative_prompt
 
 
 def condition_problems(job: Job, family: Family, variant: Variant) -> Iterator[Problem]:

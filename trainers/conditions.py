@@ -86,3 +86,8 @@ def preview_conditions(family: Family, variant: Variant, encoded: Encoded, image
 def preview_text(encoded: Encoded, image: EncodedImage | None, prompt: str) -> TextRecord:
     """A prompt of a preview, encoded with its image where texts are."""
     return encoded.text(image.texts[prompt] if image and image.texts else encoded.prompts[prompt])
+
+
+def negative_prompt(spec: PreviewSpec, family: Family, variant: Variant) -> str:
+    """What the previews' guidance steers away from."""
+    return family.sampling(variant).negative if spec.negative is None else spec.negative

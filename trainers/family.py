@@ -123,12 +123,16 @@ class Detection:
 
 @dataclass(frozen=True)
 class Vae:
-    """One kind of VAE. `variants` are the ids of those it belongs to; empty: all of the family."""
+    """One kind of VAE. `variants` are the ids of those it belongs to; empty: all of the family.
+
+    `tile_pixels`: the family decodes in tiles of this side, however much room there is; None: whole.
+    """
 
     id: str
     title: str
     keys: KeyTable
     variants: tuple[str, ...] = ()
+    tile_pixels: int | None = None
 
     def fits(self, variant: Variant) -> bool:
         return not self.variants or variant.id in self.variants

@@ -27,6 +27,7 @@ from .memory_plan import MemoryPlan, choose, too_large
 from .memory_trace import ModelBytes, StepShape, StepTrace, Tracer
 from .method import method_of
 from .offload.arrangement import Arrangement
+from .preview_memory import plan_previews
 
 _META = torch.device("meta")
 _TEXTS_LOOKED_AT = 256
@@ -46,7 +47,7 @@ def plan_memory(
         plan = choose(job, traced, machine)
         if not plan.fits and machine.device == "cuda":
             raise JobError(too_large(plan, traced))
-    return plan
+        return replace(plan, previews=plan_previews(job, detection, traced.tracer, traced.shape, plan))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from .errors import Problem
 from .job import Job, MemorySpec
@@ -18,6 +18,9 @@ from .memory_trace import ModelBytes, StepShape, StepTrace, Work
 from .offload.arrangement import Arrangement
 from .offload.host import STAGING_BUFFERS, STAGING_LIMIT_BYTES
 from .offload.placement import SLOTS, Placement, place
+
+if TYPE_CHECKING:
+    from .preview_memory import PreviewPlan
 
 WORKSPACE_BYTES = 40 * MIB
 """cuBLAS keeps 32 MiB on Hopper and 8 elsewhere for its stream; a little more for index tensors and norms."""
@@ -94,6 +97,8 @@ class MemoryPlan:
     model: ModelBytes
     price: Price
     fits: bool
+    previews: PreviewPlan | None = None
+    """What the job's previews take; None: there are none, or they were not looked at."""
 
     @property
     def arrangement(self) -> Arrangement:

@@ -35,7 +35,7 @@ def _where(plan: MemoryPlan) -> str:
 
 
 def reasons(plan: MemoryPlan) -> list[str]:
-    """What was chosen and why, a sentence for each."""
+    """What was chosen and why, a sentence for each; the last one is of previews."""
     price, chosen = plan.price, plan.arrangement
     placement, blocks = price.placement, len(plan.model.blocks)
     if placement.streamed:
@@ -54,7 +54,7 @@ def reasons(plan: MemoryPlan) -> list[str]:
         found.append(f"Feed-forwards are computed in {chosen.chunks} parts, {why}.")
     if not chosen.checkpointing:
         found.append("Nothing is computed twice, because the job says gradient_checkpointing = false.")
-    return [*found, *_more_than_free(plan)]
+    return [*found, *_more_than_free(plan), *([str(plan.previews)] if plan.previews else [])]
 
 
 def _whether_they_fit(plan: MemoryPlan) -> str:
@@ -123,5 +123,6 @@ def as_values(plan: MemoryPlan, run_seconds: float) -> dict[str, Any]:
         "activations": chosen.activations,
         "checkpointing": chosen.checkpointing,
         "chunks": chosen.chunks,
+        "previews": plan.previews.as_values() if plan.previews else None,
         "reasons": reasons(plan),
     }

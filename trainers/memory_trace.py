@@ -29,6 +29,7 @@ from .offload.layout import BlockLayout, frozen_linears
 from .offload.linear import FrozenLinear
 from .predict import batch_loss
 from .residency import blocks_of
+from .sample import Solver, sample_latents
 
 _META = torch.device("meta")
 
@@ -152,6 +153,7 @@ class Tracer:
         self._lists = {name: list(transformer.get_submodule(name).children()) for name in family.blocks}
         self._whole = whole
         self._known: dict[str, StepTrace] = {}
+        self._sampled: dict[str, int] = {}
         self.model = self._model(inject)
 
     def step(self, shape: StepShape, arrangement: Arrangement) -> StepTrace:
@@ -161,6 +163,20 @@ class Tracer:
         if key not in self._known:
             self._known[key] = self._step(shape, arrangement)
         return self._known[key]
+
+    def sampling_bytes(self, shape: StepShape, cfg: float, chunks: int) -> int:
+        """The most that one video of this shape takes beside weights while it is sampled, in so many parts of feed-forwards.
+
+        Nothing is kept for a backward pass: a few blocks stand for all.
+        """
+        key = f"{shape} {cfg != 1.0} {chunks}"
+        if key not in self._sampled:
+            self._keep_blocks({name: _FEW for name, blocks in self._lists.items() if len(blocks) > _FEW and not self._whole})
+            both = (self._family, self._variant)
+            self._sampled[key] = trace_sampling(
+                *both, self._transformer, shape, cfg, self._dtype, Arrangement(chunks=chunks), self._kernels
+            )
+        return self._sampled[key]
 
     def _step(self, shape: StepShape, arrangement: Arrangement) -> StepTrace:
         few = _FEW_WITH_ARENA if arrangement.activations == "host" else _FEW
@@ -174,11 +190,14 @@ class Tracer:
 
     def _trace(self, shape: StepShape, arrangement: Arrangement, counts: Mapping[str, int]) -> StepTrace:
         """With so many blocks of the lists that are named, and all of the others."""
+        self._keep_blocks(counts)
+        batch = shape.batch(self._family, self._dtype)
+        return trace_step(self._family, self._variant, self._transformer, batch, arrangement, self._kernels, self._accumulation)
+
+    def _keep_blocks(self, counts: Mapping[str, int]) -> None:
         for name, blocks in self._lists.items():
             kept = [*blocks[: counts[name] - 1], blocks[-1]] if name in counts else blocks
             setattr(self._transformer, name, nn.ModuleList(kept))
-        batch = shape.batch(self._family, self._dtype)
-        return trace_step(self._family, self._variant, self._transformer, batch, arrangement, self._kernels, self._accumulation)
 
     def _model(self, inject: Callable[[nn.Module], object]) -> ModelBytes:
         """Injects what is trained into the whole transformer, and counts."""
@@ -230,6 +249,42 @@ def trace_step(
     gradients = sum(_bytes(parameter) for parameter in trained) if accumulation > 1 else 0
     _set_gradients(trained, False)
     return StepTrace(counter.peak + gradients, inputs.total() if arrangement.checkpointing else 0, before, after.plus(before, -1))
+
+
+def trace_sampling(
+    family: Family,
+    variant: Variant,
+    transformer: nn.Module,
+    shape: StepShape,
+    cfg: float,
+    dtype: torch.dtype,
+    arrangement: Arrangement,
+    kernels: Kernels = AMPERE,
+) -> int:
+    """The most bytes that sampling one video takes beside the weights, of a solver's step with guidance `cfg`. Everything lies on meta.
+
+    The `extras` of the shape are those of an image that the video starts from; none: from noise alone.
+    """
+    counter = LiveBytes("meta", chain(transformer.parameters(), _frozen(transformer)))
+    with (
+        torch.no_grad(),
+        _blocks_run(transformer, family, arrangement, lambda: imitated(kernels, counter)),
+        counter,
+        imitated(kernels, counter),
+    ):
+        noise_BCFHW = torch.empty(1, *shape.latents_CFHW, device=_META)
+        pooled = None if shape.pooled_width is None else torch.empty(shape.pooled_width, device=_META)
+        record = TextRecord(torch.empty(shape.text_rows, shape.text_width, device=_META), pooled)
+        tensors = {kind: torch.empty(1, *size, device=_META) for kind, size in shape.extras.items()}
+        guidance = family.sampling(variant).guidance
+        conditions = Conditions(tensors, torch.ones(1, dtype=torch.bool, device=_META) if tensors else None, guidance=guidance)
+        transformer.eval()
+        try:
+            solver = Solver((1.0, 0.0), cfg)
+            sample_latents(family, variant, lambda _: transformer, noise_BCFHW, [record], record, solver, dtype, conditions=conditions)
+        finally:
+            transformer.train()
+    return counter.peak
 
 
 def _set_gradients(trained: list[nn.Parameter], there: bool) -> None:

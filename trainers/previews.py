@@ -10,28 +10,28 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .conditions import preview_conditions, preview_image, preview_text
+from .checkpoint import Checkpoint
+from .conditions import negative_prompt, preview_conditions, preview_image, preview_text
 from .data.video_file import write_video
-from .family import Family, Variant, detect_vae
-from .job import PreviewSpec, due
+from .family import VaeDetection, detect_vae
+from .job import due
+from .load import load_vae
 from .preview_measures import PreviewMeasures
+from .preview_room import NoRoomError, PreviewRoom
+from .room import give_back
 from .sample import Solver, decode_frames, preview_noise, sample_latents
+from .tiles import sides_below
 
 if TYPE_CHECKING:
     from .training import Training
 
 
-def negative_prompt(spec: PreviewSpec, family: Family, variant: Variant) -> str:
-    """What the previews' guidance steers away from."""
-    return family.sampling(variant).negative if spec.negative is None else spec.negative
-
-
 @dataclass
 class Previews:
-    """The previews of a training; the VAE is loaded for the first one and waits on the CPU in between."""
+    """The previews of a training. The VAE is mapped from its file anew for each: nothing of it stays, on the device or off it."""
 
     training: Training
-    vae: torch.nn.Module | None = None
+    _room: PreviewRoom | None = None
 
     @classmethod
     def of(cls, training: Training) -> Previews:
@@ -44,56 +44,68 @@ class Previews:
         if not (wanted and spec.every_steps and spec.prompts):
             return
         paths = [training.run.samples_folder / f"step-{step:06d}-{i}.mp4" for i in range(len(spec.prompts))]
-        missing = [i for i, path in enumerate(paths) if not path.exists()]
-        if missing:
+        if missing := [i for i, path in enumerate(paths) if not path.exists()]:
             training.run.event("sample", step=step, files=[], message=f"sampling {len(missing)} previews at step {step} ...")
-        measures = PreviewMeasures(training.run, step, spec.clip_folder)
+            self._write(step, paths, missing)
+
+    def _write(self, step: int, paths: list[Path], missing: list[int]) -> None:
+        """Writes the previews of the prompts that are `missing`, and tells of those of all prompts."""
+        spec, training = self.training.job.previews, self.training
+        measures, room = PreviewMeasures(training.run, step, spec.clip_folder), self._with_room()
         try:
             for i in missing:
-                measures.add(paths[i].name, spec.prompts[i], self._write_one(paths[i], spec.prompts[i], spec.seed + i, i))
-        except torch.OutOfMemoryError:
-            told = f"no memory for a preview of {spec.num_frames} frames of {spec.width}x{spec.height}; training goes on without it"
+                measures.add(paths[i].name, spec.prompts[i], self._write_one(room, paths[i], i))
+        except NoRoomError as error:
+            told = (
+                f"no memory for a preview of {spec.num_frames} frames of {spec.width}x{spec.height}, {error}; training goes on without it"
+            )
             training.run.event("sample", step=step, files=[], message=told)
-            missing = []
+            training.make_way()  # an expert may have come only half way
         finally:
-            self._make_room()
-        if missing:
-            training.run.event("sample", step=step, files=[path.name for path in paths], measures=measures.finish())
+            give_back(training.device)
+        if files := [path.name for path in paths if path.exists()]:
+            tiled = {"tile_pixels": room.tile_pixels} if room.tile_pixels else {}
+            training.run.event("sample", step=step, files=files, measures=measures.finish(), **tiled)
             training.accelerator.log({f"preview/{name}": value for name, value in measures.means.items()}, step=step)
 
-    def _make_room(self) -> None:
-        """Gives the memory back to the training."""
-        if self.vae is not None:
-            self.vae.to("cpu")
-        if self.training.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _with_room(self) -> PreviewRoom:
+        """How there is room for previews, as far as it was found."""
+        if self._room is None:
+            spec, (_, detection) = self.training.job.previews, self._vae()
+            self._room = PreviewRoom(self.training, sides_below(spec.height, spec.width, detection.vae.tile_pixels))
+        return self._room
 
-    def _write_one(self, path: Path, prompt: str, seed: int, index: int) -> npt.NDArray[np.uint8]:
+    def _write_one(self, room: PreviewRoom, path: Path, index: int) -> npt.NDArray[np.uint8]:
+        latents_BCFHW = room.sampled(lambda: self._sample(index).cpu())
+        frames_FHWC = room.decoded(lambda tile_pixels: self._decode(latents_BCFHW, tile_pixels))
+        write_video(path, frames_FHWC, self.training.family.latent(self.training.variant).fps)
+        return frames_FHWC
+
+    def _sample(self, index: int) -> torch.Tensor:
+        """Latents of one preview, on the device."""
         training, spec = self.training, self.training.job.previews
-        latent = training.family.latent(training.variant)
+        latent, prompt = training.family.latent(training.variant), spec.prompts[index]
         tokens = latent.tokens(spec.num_frames, spec.height, spec.width)
         solver = Solver.of(training.family, training.variant, spec.sampling_steps, spec.shift, spec.cfg, tokens)
-        noise = preview_noise(seed, latent.shape(spec.num_frames, spec.height, spec.width))[None].to(training.device)
+        noise = preview_noise(spec.seed + index, latent.shape(spec.num_frames, spec.height, spec.width))[None].to(training.device)
         image = preview_image(spec, training.encoded, index)
         text = preview_text(training.encoded, image, prompt)
         negative = preview_text(training.encoded, image, negative_prompt(spec, training.family, training.variant))
         conditions = preview_conditions(training.family, training.variant, training.encoded, image, training.device)
         both = (training.family, training.variant)
-        latents = sample_latents(*both, training.transformer_at, noise, [text], negative, solver, training.dtype, conditions=conditions)
-        frames_FHWC = self._decode(latents)
-        write_video(path, frames_FHWC, latent.fps)
-        return frames_FHWC
+        return sample_latents(*both, training.transformer_at, noise, [text], negative, solver, training.dtype, conditions=conditions)
 
-    def _decode(self, latents_BCFHW: torch.Tensor) -> npt.NDArray[np.uint8]:
-        from .checkpoint import Checkpoint
-        from .load import load_vae
-
+    def _decode(self, latents_BCFHW: torch.Tensor, tile_pixels: int | None) -> npt.NDArray[np.uint8]:
+        """Frames of one preview; nothing of it is on the device afterwards, not even of an attempt that was broken off."""
         training = self.training
-        if self.vae is None:
-            assert training.job.base.vae is not None, "preflight lets no previews without a VAE through"
-            checkpoint = Checkpoint.open(training.job.base.vae, "vae")
-            detection = detect_vae(checkpoint, training.family, training.variant)
-            self.vae = load_vae(checkpoint, detection, torch.device("cpu"), torch.float32)
-        vae = self.vae.to(training.device)
-        frames: npt.NDArray[np.uint8] = decode_frames(training.family, vae, latents_BCFHW)[0].numpy()
-        return frames
+        vae = load_vae(*self._vae(), training.device, torch.float32)
+        stride = training.family.latent(training.variant).spatial_stride
+        frames = decode_frames(training.family, vae, latents_BCFHW, max(tile_pixels // stride, 1) if tile_pixels else None)
+        found: npt.NDArray[np.uint8] = frames[0].numpy()
+        return found
+
+    def _vae(self) -> tuple[Checkpoint, VaeDetection]:
+        training = self.training
+        assert training.job.base.vae is not None, "preflight lets no previews without a VAE through"
+        checkpoint = Checkpoint.open(training.job.base.vae, "vae")
+        return checkpoint, detect_vae(checkpoint, training.family, training.variant)

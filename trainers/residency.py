@@ -148,10 +148,10 @@ def tighter(arrangement: Arrangement, block_bytes: list[int], can_stream: bool =
     smallest = place(block_bytes, 0).device_bytes
     if can_stream and placement.device_bytes > smallest:
         return replace(arrangement, weights_bytes=max(placement.device_bytes - max(sum(block_bytes) // 10, max(block_bytes)), smallest))
-    return replace(arrangement, chunks=2 * arrangement.chunks) if arrangement.chunks < _MOST_CHUNKS else None
+    return replace(arrangement, chunks=2 * arrangement.chunks) if arrangement.chunks < MOST_CHUNKS else None
 
 
-_MOST_CHUNKS = 16
+MOST_CHUNKS = 16
 
 _Holder = tuple[nn.Module, str, torch.Tensor]
 

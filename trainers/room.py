@@ -39,7 +39,13 @@ _MARGIN = 0.03
 _LOOKED_AT = 1000
 """Clips whose captions are measured: the data set may have many thousands."""
 
-_TOLD_BY_LIBRARIES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+_TOLD_BY_LIBRARIES = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",  # a convolution: PyTorch goes on when one engine has no memory, to this
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,11 +61,16 @@ def with_room(training: Training, work: Callable[[], Result]) -> Result:
     `work` must leave nothing behind when it is broken off but gradients, which are dropped. Raises RunError when the least
     there is does not fit.
     """
+    return until_it_fits(work, lambda: _make_room(training))
+
+
+def until_it_fits(work: Callable[[], Result], make_room: Callable[[], None]) -> Result:
+    """What `work` returns: done again after `make_room` as often as the device is full. `make_room` raises what ends it."""
     full = False
     while True:
         try:
             if full:  # not in the except clause: until its end the error holds the tensors of the frames that it came through
-                _make_room(training)
+                make_room()
             return work()
         except Exception as error:
             if not is_out_of_memory(error):
@@ -98,9 +109,14 @@ def told(training: Training) -> str:
 def _drop_gradients(training: Training) -> None:
     for learner in training.trained:
         learner.optimizer.zero_grad(set_to_none=True)
-    if training.device.type == "cuda":
+    give_back(training.device)
+
+
+def give_back(device: torch.device) -> None:
+    """Lets the device have what nothing refers to any more."""
+    if device.type == "cuda":
         with suppress(RuntimeError):
-            torch.cuda.synchronize(training.device)
+            torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 

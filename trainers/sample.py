@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .family import Conditions, Family, TextRecord, Variant
+from .tiles import decode_in_tiles
 
 TransformerAt = Callable[[float], torch.nn.Module]
 """What answers at a noise level: one and the same transformer, or one of two experts."""
@@ -75,11 +77,14 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_frames(family: Family, vae: torch.nn.Module, latents_BCFHW: torch.Tensor) -> list[torch.Tensor]:
-    """Each video as uint8 frames (F, H, W, C) on the CPU."""
+def decode_frames(family: Family, vae: torch.nn.Module, latents_BCFHW: torch.Tensor, tile: int | None = None) -> list[torch.Tensor]:
+    """Each video as uint8 frames (F, H, W, C) on the CPU. `tile`: decoded in tiles of so many latents; None: whole."""
     videos = []
     for latents in latents_BCFHW:
-        pixels_CFHW = family.decode_video(vae, latents[None])[0].float().clamp(-1, 1)
+        decoded = (
+            decode_in_tiles(partial(family.decode_video, vae), latents[None], tile) if tile else family.decode_video(vae, latents[None])
+        )
+        pixels_CFHW = decoded[0].cpu().float().clamp(-1, 1)  # the device need not hold what is rounded
         frames_FHWC = ((pixels_CFHW + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
-        videos.append(frames_FHWC.cpu())
+        videos.append(frames_FHWC)
     return videos

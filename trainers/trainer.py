@@ -69,7 +69,7 @@ def optimize(training: Training) -> dict[str, Any]:
     was not finite; then the LoRA in memory is spoilt and must not be saved.
     """
     started, job, accelerator = time.perf_counter(), training.job, training.accelerator
-    learner, turn = training.take_turn()
+    learner, turn = with_room(training, training.take_turn)
     learning_rate = learner.learning_rate * learning_rate_factor(job.optimizer, turn.step, turn.total_steps)
     set_learning_rate(learner.optimizer, learning_rate)
     loss_sum, sigma_sum = with_room(training, lambda: gradients(training, learner))

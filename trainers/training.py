@@ -101,11 +101,16 @@ class Training:
         for learner in self.learners:
             learner.residency.rearrange(arrangement)
 
+    def make_way(self) -> None:
+        """Gives the device's memory back that frozen weights take; they come again when a transformer is asked for."""
+        if self.resident:
+            self.resident.residency.leave()
+            self.resident = None
+
     def _make_resident(self, learner: Learner) -> None:
         if self.resident is learner:
             return
-        if self.resident:
-            self.resident.residency.leave()
+        self.make_way()
         self.resident = learner
         learner.residency.enter()
 

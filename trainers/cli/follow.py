@@ -133,7 +133,8 @@ def _news(event: Record) -> str:
         return f"checkpoint at step {event.get('step')}"
     if name == "sample":
         told = measured(last_measures([event]) or {})
-        return str(event.get("message") or f"preview at step {event.get('step')}{told and f': {told}'}")
+        tiled = f", decoded in tiles of {event['tile_pixels']} pixels" if event.get("tile_pixels") else ""
+        return str(event.get("message") or f"preview at step {event.get('step')}{tiled}{told and f': {told}'}")
     if name == "resumed" and event.get("step") is not None:
         return f"going on from step {event['step']}"
     return "paused; `resume` goes on" if name == "paused" else ""

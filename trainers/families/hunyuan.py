@@ -93,7 +93,7 @@ _IMAGE_TEMPLATE = (
 _IMAGE_TOKENS = 576
 _HIDDEN_STATE = -3
 
-_VAE = Vae("hunyuan", "HunyuanVideo VAE", VAE_KEYS)
+_VAE = Vae("hunyuan", "HunyuanVideo VAE", VAE_KEYS, tile_pixels=256)
 
 
 class Hunyuan:
