@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 STREAMS = {"memory": {"stream": "always"}, "gradient_checkpointing": True}
 
 
-@pytest.fixture(autouse=True)
-def deep_and_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six blocks, so that there are fewer to keep; tiles that are smaller than a small video."""
+@pytest.fixture(scope="module", autouse=True)
+def deep_and_small_tiles() -> Iterator[None]:
+    """Enough blocks for fewer to be kept; tiles that are smaller than a small video."""
     shallow = tiny_families.tiny_config
-    monkeypatch.setattr(tiny_families, "tiny_config", lambda family, variant: {**shallow(family, variant), "num_layers": 6})
-    monkeypatch.setattr("trainers.tiles.SIDES", (32, 16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_families, "tiny_config", lambda family, variant: {**shallow(family, variant), "num_layers": 4})
+        patch.setattr("trainers.tiles.SIDES", (32, 16))
+        yield
 
 
 def new_run(folder: Path, variant: Variant = ONE, *, size: int = 48) -> Run:
@@ -126,12 +129,40 @@ class Device:
             raise torch.OutOfMemoryError(FULL)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a device with room for everything makes."""
+
+    tried: list[tuple[str, int, int | None]]
+    frames: list[torch.Tensor]
+    loras: list[bytes]
+
+    @classmethod
+    def of(cls, folder: Path, variant: Variant) -> Reference:
+        """Checked: the LoRA is that of a training without previews."""
+        roomy, run = Device(), new_run(folder / "roomy", variant)
+        assert roomy.train(run) == train(without_previews(run, folder / "without")) == "done"
+        found = cls(roomy.tried, roomy.frames, loras(folder / "roomy"))
+        assert len(found.frames) == 2
+        assert found.loras == loras(folder / "without")
+        return found
+
+    def is_made_by(self, device: Device, folder: Path) -> bool:
+        return loras(folder) == self.loras and all(torch.equal(a, b) for a, b in zip(device.frames, self.frames, strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(deep_and_small_tiles: None, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference.of(tmp_path_factory.mktemp("one"), ONE)
+
+
 @pytest.mark.parametrize("streams", [False, True])
-def test_decoding_without_the_transformer_is_the_same_preview_and_the_same_training(tmp_path: Path, streams: bool) -> None:
-    beside, left, plain = (new_run(tmp_path / name) for name in ("beside", "left", "plain"))
-    roomy, small = Device(streams=streams), Device(lambda what, held, tile: what == "decode" and held > 0, streams)
-    assert roomy.train(beside) == small.train(left) == train(without_previews(plain, tmp_path / "without")) == "done"
-    assert [(what, held > 0) for what, held, _ in roomy.tried] == [("sample", True), ("decode", True)] * 2
+def test_decoding_without_the_transformer_is_the_same_preview_and_the_same_training(
+    tmp_path: Path, reference: Reference, streams: bool
+) -> None:
+    small, run = Device(lambda what, held, tile: what == "decode" and held > 0, streams), new_run(tmp_path)
+    assert small.train(run) == "done"
+    assert [(what, held > 0) for what, held, _ in reference.tried] == [("sample", True), ("decode", True)] * 2
     assert [(what, held > 0) for what, held, _ in small.tried] == [
         ("sample", True),
         ("decode", True),
@@ -139,32 +170,28 @@ def test_decoding_without_the_transformer_is_the_same_preview_and_the_same_train
         ("sample", True),
         ("decode", False),
     ], "what was found for the first preview is known for the second"
-    assert all(torch.equal(a, b) for a, b in zip(small.frames, roomy.frames, strict=True))
     assert all(vae() is None for vae in small.vaes), "nothing of a VAE is left, whether it decoded or not"
-    assert "tile_pixels" not in samples(left)[-1]
-    assert loras(tmp_path / "left") == loras(tmp_path / "beside") == loras(tmp_path / "without")
+    assert "tile_pixels" not in samples(run)[-1]
+    assert reference.is_made_by(small, tmp_path)
 
 
-def test_tiles_come_when_nothing_else_helps_and_are_told(tmp_path: Path) -> None:
-    whole, tiled = new_run(tmp_path / "whole"), new_run(tmp_path / "tiled")
-    roomy, small = Device(), Device(lambda what, held, tile: what == "decode" and (held > 0 or tile != 16 // 8))
-    assert roomy.train(whole) == small.train(tiled) == "done"
+def test_tiles_come_when_nothing_else_helps_and_are_told(tmp_path: Path, reference: Reference) -> None:
+    small, run = Device(lambda what, held, tile: what == "decode" and (held > 0 or tile != 16 // 8)), new_run(tmp_path)
+    assert small.train(run) == "done"
     assert [tile for what, _, tile in small.tried if what == "decode"] == [None, None, 4, 2, 2]
-    told = [event for event in samples(tiled) if event["files"]]
+    told = [event for event in samples(run) if event["files"]]
     assert [event["tile_pixels"] for event in told] == [16, 16]
     assert "decoded in tiles of 16 pixels" in _news(told[0])
-    assert (tiled.samples_folder / "step-000002-0.mp4").exists()
-    for found, wanted in zip(small.frames, roomy.frames, strict=True):
+    assert (run.samples_folder / "step-000002-0.mp4").exists()
+    for found, wanted in zip(small.frames, reference.frames, strict=True):
         assert found.shape == wanted.shape
         assert 0 < (found.float() - wanted.float()).abs().mean() < 0.35 * wanted.float().std(), "of noise, which latents here are"
-    assert loras(tmp_path / "tiled") == loras(tmp_path / "whole")
+    assert loras(tmp_path) == reference.loras
 
 
-def test_sampling_takes_blocks_from_the_device_and_gives_them_back(tmp_path: Path) -> None:
+def test_sampling_takes_blocks_from_the_device_and_gives_them_back(tmp_path: Path, reference: Reference) -> None:
     """Inputs of blocks are left where they are: sampling keeps none."""
-    roomy, small = Device(), Device(lambda what, held, tile: what == "sample" and held > small.blocks // 2)
-    assert roomy.train(new_run(tmp_path / "roomy")) == "done"
-    run = new_run(tmp_path / "small")
+    small, run = Device(lambda what, held, tile: what == "sample" and held > small.blocks // 2), new_run(tmp_path)
     assert small.train(run) == "done"
     tried = [held for what, held, _ in small.tried if what == "sample"]
     assert tried[0] == small.blocks, "as in training"
@@ -173,9 +200,8 @@ def test_sampling_takes_blocks_from_the_device_and_gives_them_back(tmp_path: Pat
     assert [held for what, held, _ in small.tried if what == "decode"] == [0, 0], "its blocks have left already"
     assert small.training.learners[0].residency.arrangement == small.arrangement
     (told,) = [event["message"] for event in samples(run) if "while previews are sampled" in event.get("message", "")]
-    assert "of 6 blocks stay on the device; training keeps them as before" in told
-    assert all(torch.equal(a, b) for a, b in zip(small.frames, roomy.frames, strict=True))
-    assert loras(tmp_path / "small") == loras(tmp_path / "roomy")
+    assert "of 4 blocks stay on the device; training keeps them as before" in told
+    assert reference.is_made_by(small, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,47 +211,43 @@ def test_sampling_takes_blocks_from_the_device_and_gives_them_back(tmp_path: Pat
         ("decode", "not even without the transformer and in tiles of 16 pixels"),
     ],
 )
-def test_the_last_resort_is_to_tell_that_there_is_none(tmp_path: Path, where: str, told: str) -> None:
-    small = Device(lambda what, held, tile: what == where)
-    run = new_run(tmp_path / "small")
-    assert small.train(run) == train(without_previews(run, tmp_path / "without")) == "done"
+def test_the_last_resort_is_to_tell_that_there_is_none(tmp_path: Path, reference: Reference, where: str, told: str) -> None:
+    small, run = Device(lambda what, held, tile: what == where), new_run(tmp_path)
+    assert small.train(run) == "done"
     messages = [event["message"] for event in samples(run)]
     assert [message.split()[0] for message in messages] == ["sampling", "no"] * 2
     assert f"no memory for a preview of 1 frames of 48x48, {told}; training goes on without it" in messages
-    assert loras(tmp_path / "small") == loras(tmp_path / "without")
+    assert loras(tmp_path) == reference.loras
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_two_experts(tmp_path: Path, streams: bool) -> None:
+def test_two_experts(tmp_path: Path) -> None:
     """Whichever is there leaves; the turn after a preview brings its own back."""
-    roomy, small = Device(streams=streams), Device(lambda what, held, tile: held > (0 if what == "decode" else small.blocks // 2), streams)
-    plain = new_run(tmp_path / "plain", TWO)
-    assert roomy.train(new_run(tmp_path / "roomy", TWO)) == small.train(new_run(tmp_path / "small", TWO)) == "done"
-    assert train(without_previews(plain, tmp_path / "without")) == "done"
-    assert len(roomy.training.learners) == 2
-    assert all(torch.equal(a, b) for a, b in zip(small.frames, roomy.frames, strict=True))
-    assert len(small.frames) == 2
-    assert loras(tmp_path / "small") == loras(tmp_path / "roomy") == loras(tmp_path / "without")
+    both = Reference.of(tmp_path / "reference", TWO)
+    for streams in (False, True):
+        folder = tmp_path / str(streams)
+        small = Device(lambda what, held, tile: held > (0 if what == "decode" else small.blocks // 2), streams)  # noqa: B023
+        assert small.train(new_run(folder, TWO)) == "done"
+        assert len(small.training.learners) == len(both.loras) == 2
+        assert [what for what, *_ in small.tried].count("decode") == (2 if not streams else 3)
+        assert both.is_made_by(small, folder)
 
 
-def test_an_expert_that_comes_half_way_is_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is full while weights are copied to it, for a preview and for the step after one."""
-    entered = Residency.enter
-    full = iter([True, False, False, True])
+def test_weights_that_come_half_way_are_fetched_anew(tmp_path: Path, reference: Reference) -> None:
+    """The device is full while they are copied to it: for a preview, and for the step after one."""
+    entered, full, calls = Residency.enter, {0, 2}, itertools.count()
 
     def enter(self: Residency) -> None:
         entered(self)
-        if next(full, False):
+        if next(calls) in full:
             raise torch.OutOfMemoryError(FULL)
 
-    small = Device(lambda what, held, tile: what == "decode" and held > 0)
-    run = new_run(tmp_path / "small")
-    with monkeypatch.context() as patch:
+    small, run = Device(lambda what, held, tile: what == "decode" and held > 0), new_run(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Residency, "enter", enter)
         assert small.train(run) == "done"
-    assert train(without_previews(run, tmp_path / "without")) == "done"
-    assert next(full, None) is None
-    assert loras(tmp_path / "small") == loras(tmp_path / "without")
+    assert next(calls) > max(full)
+    assert ["the device was full at step 1" in event["message"] for event in run.read_events() if event["event"] == "memory"] == [True]
+    assert reference.is_made_by(small, tmp_path)
 
 
 def test_another_error_of_a_preview_is_not_taken_for_a_full_device(tmp_path: Path) -> None:
