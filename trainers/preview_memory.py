@@ -64,7 +64,9 @@ class PreviewPlan:
     def __str__(self) -> str:
         """One sentence or two."""
         needed = f"{size_text(self.sampling_bytes)} to sample"
-        needed += f"; {size_text(self.decoding_bytes)} to decode, buffers of convolutions not counted" if self.decoding_bytes is not None else ""
+        needed += (
+            f"; {size_text(self.decoding_bytes)} to decode, buffers of convolutions not counted" if self.decoding_bytes is not None else ""
+        )
         if not self.fits:
             remedy = f"; {_text(self.fitting)} would fit" if self.fitting else ""
             return f"Previews of {_text(self.size)} do not fit ({needed} at the least){remedy}. The run goes on without those that do not."

@@ -30,7 +30,7 @@ from trainers.lora import inject
 from trainers.machine import GIB, MIB, Machine, card_of
 from trainers.memory_plan import choose
 from trainers.plan import make_plan
-from trainers.preview_memory import PreviewPlan, _Decoding, plan_previews
+from trainers.preview_memory import PreviewPlan, _Decoding, _Planner, plan_previews
 from trainers.sample import Solver, sample_latents
 
 
@@ -70,11 +70,10 @@ def test_sampling_takes_what_the_trace_says(family_id: str, cfg: float) -> None:
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("num_frames", [9, 29])
-def test_decoding_takes_what_the_trace_says(num_frames: int) -> None:
+def test_decoding_takes_what_the_trace_says() -> None:
     """Of tensors. What convolutions take for themselves is not traced: on this processor it is more than all else."""
     family, checkpoint = families()["wan"], Checkpoint.open(VAE, "vae")
-    vae, size = load_vae(checkpoint, detect_vae(checkpoint, family), "cpu"), (num_frames, 64, 96)
+    vae, size = load_vae(checkpoint, detect_vae(checkpoint, family), "cpu"), (25, 48, 64)
     spec = family.latent(family.variants[0])
     with torch.no_grad(), LiveBytes("cpu", (*vae.parameters(), *vae.buffers())) as counted:
         family.decode_video(vae, torch.randn(1, *spec.shape(*size)))
@@ -110,16 +109,17 @@ def test_on_smaller_and_smaller_cards_more_is_done(job: Job) -> None:
     ample = Machine("a card", "cuda", 80 * GIB, 80 * GIB, 64 * GIB, flops_rate=1e13, memory_rate=1e11, copy_rate=1e10)
     trace = JobTrace.of(job, detection, samples, ample, torch.float32)
     plan = choose(job, trace, ample)
+    size = (17, 480, 640)
+    planner = _Planner(job, detection, trace.tracer, trace.shape, plan, _Decoding.of(str(VAE), detection))
     found: list[PreviewPlan] = []
     while not found or (found[-1].fits and len(found) < 100):
-        card = replace(ample, free_bytes=int(0.9 ** len(found) * GIB))
-        previews = plan_previews(job, detection, trace.tracer, trace.shape, replace(plan, machine=card))
-        assert previews
-        assert not previews.fits or max(previews.sampling_bytes, previews.decoding_bytes or 0) < card.free_bytes
-        found.append(previews)
-    fitting, last = found[:-1], found[-1]
-    ways = [(not each.beside, each.tile_pixels) for each in fitting]
-    assert list(dict.fromkeys(ways)) == [(False, None), (True, None), (True, 512), (True, 256), (True, 128)][: len(set(ways))]
+        card = replace(ample, free_bytes=int(0.85 ** len(found) * GIB))
+        found.append(replace(planner, plan=replace(plan, machine=card)).planned(size))
+        assert not found[-1].fits or max(found[-1].sampling_bytes, found[-1].decoding_bytes or 0) < card.free_bytes
+    fitting = found[:-1]
+    order = [(True, None), (False, None), (False, 512), (False, 256), (False, 128)]
+    ways = [order.index((each.beside, each.tile_pixels)) for each in fitting]
+    assert ways == sorted(ways)
     assert len(set(ways)) >= 3
     assert [each.fewer_blocks for each in fitting] == sorted(each.fewer_blocks for each in fitting)
     assert fitting[-1].fewer_blocks
@@ -129,9 +129,11 @@ def test_on_smaller_and_smaller_cards_more_is_done(job: Job) -> None:
     )
     assert "fewer blocks stay on the card while they are sampled" in str(fitting[-1])
     assert f"they are decoded in tiles of {fitting[-1].tile_pixels} pixels" in str(fitting[-1])
+    last = plan_previews(job, detection, trace.tracer, trace.shape, replace(plan, machine=card))
+    assert last
     assert last.fitting
     assert last.fitting < last.size
-    assert f"do not fit ({last.as_values()['sampling_bytes'] / MIB:.0f}"[:14] in str(last)
+    assert "do not fit (" in str(last)
     assert f"{last.fitting[0]} frames of {last.fitting[2]}x{last.fitting[1]} would fit. The run goes on" in str(last)
 
 
