@@ -54,7 +54,7 @@ class _Instead(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if func is torch.rms_norm and self._kernels.fused_norm and _fuses(*args, **kwargs):
+        if func is torch.nn.functional.rms_norm and self._kernels.fused_norm and _fuses(*args, **kwargs):
             return _RmsNorm.apply(args[0])  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 

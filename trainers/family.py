@@ -26,6 +26,7 @@ from .keytable import KeyTable
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+    from .offload.chunks import ChunkedForward
 
 
 @dataclass(frozen=True)
@@ -303,8 +304,8 @@ class Family(Protocol):
     targets: LoraTargets
     blocks: tuple[str, ...]
     """Names of the transformer's block lists, in the order they run."""
-    token_wise: tuple[str, ...]
-    """Names of a block's feed-forwards, which compute each token (dimension 1) by itself."""
+    chunked: tuple[ChunkedForward, ...]
+    """The forward passes of its classes of blocks, for parts of the sequence where attention is not needed."""
     control: ControlLoras | None
     """Those that are applied; None: there are none."""
 

@@ -128,7 +128,7 @@ class MemorySpec(_Spec):
     activations: Literal["auto", "device", "host"] = "auto"
     """Where the input of each block waits for the backward pass."""
     chunks: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Parts in which the feed-forward of a long sequence is computed, to save memory; None: the plan chooses."""
+    """Parts in which all of a block but attention is computed on a long sequence, to save memory; None: the plan chooses."""
 
 
 class SpeedSpec(_Spec):

@@ -119,7 +119,7 @@ def choose(job: Job, traced: Traced, machine: Machine) -> MemoryPlan:
             break
         hidden = [price for price in fitting if price.step_seconds <= NEARLY_EQUAL * prices[0].unhindered_seconds]
         if hidden and (base.activations == "host" or job.memory.activations != "auto"):
-            break  # to cut the feed-forward would only take longer
+            break  # to cut the sequence would only take longer
     if not fitting:
         least = min(prices, key=lambda price: max(price.device_bytes - machine.free_bytes, price.host_bytes - machine.ram_bytes))
         return MemoryPlan(job, machine, traced.model, least, fits=False)

@@ -51,7 +51,7 @@ def reasons(plan: MemoryPlan) -> list[str]:
         )
     if chosen.chunks > 1:
         why = _told(plan, "chunks", chosen.chunks) or "which costs some time and leaves room"
-        found.append(f"Feed-forwards are computed in {chosen.chunks} parts, {why}.")
+        found.append(f"All of a block but attention is computed in {chosen.chunks} parts, {why}.")
     if not chosen.checkpointing:
         found.append("Nothing is computed twice, because the job says gradient_checkpointing = false.")
     return [*found, *_more_than_free(plan), *([str(plan.previews)] if plan.previews else [])]

@@ -318,16 +318,16 @@ def _blocks_run(
 ) -> Iterator[tuple[Blocks, _Inputs]]:
     """The blocks run as arranged and within `kernels`, in the backward pass too; their inputs are noted."""
     modules, inputs = blocks_of(transformer, family), _Inputs()
+    in_chunks(modules, family.chunked, arrangement.chunks)
     for index, module in enumerate(modules):
         module.forward = inputs.noted(index, _within(kernels, module.forward))
     blocks = Blocks(modules, checkpointing=arrangement.checkpointing)
     blocks.arena = Arena(HostCopies(), _META) if arrangement.activations == "host" else None
-    in_chunks(modules, family.token_wise, arrangement.chunks)
     try:
         yield blocks, inputs
     finally:
         blocks.close()
-        in_chunks(modules, family.token_wise, 1)
+        in_chunks(modules, family.chunked, 1)
 
 
 def _within(kernels: Callable[[], AbstractContextManager[None]], forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -58,11 +58,12 @@ class Residency:
         """
         self._device = device
         self._modules = blocks_of(transformer, family)
-        self._token_wise = family.token_wise
+        self._chunked = family.chunked
         self._random = random
         self._arena = arena_for(device) if arena is None else arena
         self._layouts = [BlockLayout.of(block) for block in self._modules]
         self._others = list(_others(transformer, self._modules))
+        in_chunks(self._modules, self._chunked, arrangement.chunks, random)
         self._blocks = Blocks(self._modules, random=random)
         if arrangement.compile:
             self._blocks.run_with([compiled(block) for block in self._modules])
@@ -124,7 +125,7 @@ class Residency:
         """What of the arrangement does not depend on being on the device."""
         wanted = self.arrangement
         self._blocks.checkpointing = wanted.checkpointing
-        in_chunks(self._modules, self._token_wise, wanted.chunks, self._random)
+        in_chunks(self._modules, self._chunked, wanted.chunks, self._random)
         if wanted.activations == "device" and self._blocks.arena is not None:
             self._arena.close()
         self._blocks.arena = self._arena if wanted.activations == "host" else None
@@ -138,7 +139,7 @@ class Residency:
 def tighter(arrangement: Arrangement, block_bytes: list[int], can_stream: bool = True) -> Arrangement | None:
     """An arrangement that takes less of the device, by what costs the least time; None: there is none.
 
-    First the inputs of blocks go to the host, then a tenth of the weights at a time, then the feed-forward is cut.
+    First the inputs of blocks go to the host, then a tenth of the weights at a time, then the sequence is cut.
     """
     if not arrangement.checkpointing:
         return replace(arrangement, checkpointing=True)

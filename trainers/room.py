@@ -102,7 +102,7 @@ def told(training: Training) -> str:
     if arrangement.activations == "host":
         words.append("their inputs wait in host memory")
     if arrangement.chunks > 1:
-        words.append(f"feed-forwards run in {arrangement.chunks} parts")
+        words.append(f"all but attention runs in {arrangement.chunks} parts")
     return ", ".join(words)
 
 

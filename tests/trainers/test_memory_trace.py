@@ -14,9 +14,10 @@ from tiny_families import TINY, filled, tiny_config
 from torch.profiler import ProfilerActivity, profile
 
 from trainers.batches import Batch
-from trainers.card_kernels import CPU
+from trainers.card_kernels import AMPERE, CPU, imitated
 from trainers.family import FIRST_FRAME, Conditions, Family, TextRecord, Variant, families
 from trainers.job import LoraSpec
+from trainers.live_bytes import LiveBytes
 from trainers.lora import inject
 from trainers.memory_trace import StepShape, Tracer
 from trainers.offload.arrangement import Arrangement
@@ -99,8 +100,9 @@ CASES = [
     ("ltx", "whole", torch.bfloat16),
     ("hunyuan", "checkpoints on the host", torch.float32),
     ("mochi", "chunks", torch.float32),
+    ("wan", "chunks", torch.float32),
 ]
-"""Every family, and every way, once."""
+"""Every family, and every way, once; chunks of a model that modulates in float32, too."""
 
 
 @pytest.mark.parametrize(("family_id", "way", "dtype"), CASES)
@@ -125,3 +127,13 @@ def test_few_blocks_stand_for_all(family_id: str, way: str) -> None:
     assert few.backward.product_flops == all_of_them.backward.product_flops
     assert few.backward.attention_flops == all_of_them.backward.attention_flops
     assert few.inputs_bytes == all_of_them.inputs_bytes
+
+
+def test_a_card_s_norm_takes_its_output_alone() -> None:
+    """RMS norm of one dtype is one kernel there, and no copy in float32 is kept."""
+    norm = torch.nn.RMSNorm(64, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    rows = torch.empty(1024, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    counter = LiveBytes("meta", [rows, norm.weight])
+    with counter, imitated(AMPERE, counter):
+        found = norm(rows)
+    assert counter.peak == found.nbytes + 1024 * 4

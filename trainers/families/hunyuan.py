@@ -36,7 +36,9 @@ from ..family import (
     Variant,
     simple_schedule,
 )
+from ..offload.chunks import ChunkedForward
 from ..text_masks import every_row, padded, rows_that_count, says_nothing
+from ._hunyuan_block import CHUNKED
 from ._hunyuan_keys import KEYS, LORA_KEYS, VAE_KEYS
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ class Hunyuan:
         ),
     )
     blocks: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
-    token_wise: tuple[str, ...] = ("ff", "ff_context")
+    chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = None
 
     def latent(self, variant: Variant) -> LatentSpec:

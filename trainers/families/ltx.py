@@ -39,7 +39,9 @@ from ..family import (
     Variant,
 )
 from ..keytable import KeyTable, Rename, same
+from ..offload.chunks import ChunkedForward
 from ..text_masks import padded, rows_that_count
+from ._ltx_block import CHUNKED
 from ._ltx_files import KINDS, candidates, header_config, notes_on, perhaps_rotated, read_header, refuse_rotated
 from ._ltx_vae import VAE_KEYS_0_9, VAE_KEYS_0_9_1, VAE_KEYS_0_9_5, vae_config
 
@@ -161,7 +163,7 @@ class Ltx:
         feed_forward=(r"^transformer_blocks\.\d+\.ff\.net\.0\.proj$", r"^transformer_blocks\.\d+\.ff\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
-    token_wise: tuple[str, ...] = ("ff",)
+    chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = ControlLoras(
         "reference", r"(lora_unet_)?transformer_blocks[._]\d+[._](attn1|attn2|ff)[._]", comfyui_model="LTXV"
     )

@@ -34,8 +34,10 @@ from ..family import (
     simple_schedule,
 )
 from ..keytable import Fuse, KeyTable, Rename, Row, SwapHalves
+from ..offload.chunks import ChunkedForward
 from ..text_masks import every_row, padded, rows_that_count
 from ._mochi_attention import JointAttention
+from ._mochi_block import CHUNKED
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -180,7 +182,7 @@ class Mochi:
         feed_forward=(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)$",),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
-    token_wise: tuple[str, ...] = ("ff", "ff_context")
+    chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = None
 
     def latent(self, variant: Variant) -> LatentSpec:

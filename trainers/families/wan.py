@@ -42,6 +42,8 @@ from ..family import (
     VaeDetection,
     Variant,
 )
+from ..offload.chunks import ChunkedForward
+from ._wan_block import CHUNKED
 from ._wan_keys import KEYS, VAE_KEYS_2_1, VAE_KEYS_2_2
 from ._wan_variants import KIND_OF, KINDS, LATENT, LATENT_2_2, SAMPLING_OF, detect
 
@@ -76,7 +78,7 @@ class Wan:
         feed_forward=(r"^blocks\.\d+\.ffn\.net\.0\.proj$", r"^blocks\.\d+\.ffn\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("blocks",)
-    token_wise: tuple[str, ...] = ("ffn",)
+    chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = ControlLoras(
         "channels", r"(lora_unet_)?(blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]|patch_embedding\.)", comfyui_model="WAN21"
     )

@@ -14,8 +14,8 @@ class Arrangement:
     they all stay there. `host` is where streamed weights wait: in the mapped file ("mapped", they go through pinned staging
     buffers of bounded size) or in a pinned copy ("pinned"). `checkpointing`: each block is computed again in the backward
     pass, from its input, which waits on the device or in pinned host memory (`activations`). Streaming and "host" need it.
-    `chunks`: parts of the sequence in which the feed-forward is computed (and computed again), 1: whole. `compile`: the
-    blocks are compiled.
+    `chunks`: parts of the sequence in which all of a block but attention is computed (and computed again), 1: whole.
+    `compile`: the blocks are compiled.
     """
 
     weights_bytes: int | None = None

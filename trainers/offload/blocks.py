@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from .activations import Arena
@@ -154,10 +155,17 @@ class _Checkpoint(torch.autograd.Function):
         inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(tensors, ctx.needs_input_grad[2:], strict=True)]
         with torch.enable_grad(), call.same_draws(inputs[0].device):
             outputs = call.run(inputs, "backward")
-        pairs = [(output, grad) for output, grad in zip(outputs, gradients, strict=True) if grad is not None and output.requires_grad]
-        if pairs:
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+        ends, grads = _ends(outputs, gradients)
+        del outputs  # nobody asks for them: only for where they came from
+        if ends:
+            torch.autograd.backward(ends, grads)
         return (None, None, *(tensor.grad for tensor in inputs))
+
+
+def _ends(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> tuple[list[GradientEdge], list[torch.Tensor]]:
+    """Where the backward pass begins, and with what."""
+    pairs = [(output, grad) for output, grad in zip(outputs, gradients, strict=True) if grad is not None and output.requires_grad]
+    return [get_gradient_edge(output) for output, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

@@ -30,6 +30,7 @@ from ..family import (
     Variant,
 )
 from ..keytable import Fuse, KeyTable, Rename
+from ..offload.chunks import ChunkedForward
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -101,7 +102,7 @@ class Toy:
     lora_keys = KEYS
     targets = LoraTargets(attention=(r"^blocks\.\d+\.to_([qkv]|out)$",), feed_forward=())
     blocks: tuple[str, ...] = ("blocks",)
-    token_wise: tuple[str, ...] = ()
+    chunked: tuple[ChunkedForward, ...] = ()
     control = None
 
     def latent(self, variant: Variant) -> LatentSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from trainers.offload.activations import Arena
 from trainers.offload.blocks import Blocks
-from trainers.offload.chunks import in_chunks
+from trainers.offload.chunks import ChunkedForward, Chunks, in_chunks
 from trainers.offload.copies import HostCopies
 from trainers.offload.layout import BlockLayout
 from trainers.offload.linear import FrozenLinear
@@ -138,24 +139,74 @@ def test_without_checkpointing_the_blocks_are_as_they_were():
     assert all("forward" not in block.__dict__ for block in model.blocks)
 
 
+def test_what_a_block_answers_again_is_dropped_at_once():
+    """In the backward pass nobody reads it."""
+    alive = []
+
+    class Watched(nn.Module):
+        def forward(self, video):
+            middle = video * 2
+            output = middle.sin()
+            if middle.requires_grad:
+                last = weakref.ref(output)
+                middle.register_hook(lambda _: alive.append(last() is not None))
+            return output
+
+    (block,) = Blocks([Watched()]).modules
+    block(torch.randn(1, 3, requires_grad=True)).sum().backward()
+    assert alive == [False]
+
+
+def chunked_forward(block, chunks, video, text, scale=None, *, flag=None):
+    video = video + block.down(torch.tanh(block.up(block.norm(video)))) + block.dropout(video) @ block.lora
+    return chunks(lambda tokens, scale: block.ff(tokens) * scale, video, scale.view(1, 1, 1)), text + video.mean(1, keepdim=True)
+
+
+CHUNKED = ChunkedForward("Block", {"": ("norm", "up", "down", "lora", "dropout", "ff"), "ff": ("0", "1")}, chunked_forward)
+
+
 def test_chunks_change_rounding_only():
     model, whole = Model(), Model()
     wanted = gradients(whole, dtype=torch.float64)
+    in_chunks(model.blocks, [CHUNKED], 4)
     Blocks(list(model.blocks))
-    in_chunks(model.blocks, ("ff", "not there"), 4)
     torch.testing.assert_close(gradients(model, dtype=torch.float64), wanted, rtol=1e-11, atol=1e-11)
-    in_chunks(model.blocks, ("ff",), 1)
+    in_chunks(model.blocks, [CHUNKED], 1)
     model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, dtype=torch.float64), wanted, strict=True))
 
 
 def test_chunks_keep_one_part_at_a_time():
-    """The widest tensor of the feed-forward is as long as a part of the sequence, forward and backward."""
+    """The widest tensor of a feed-forward is as long as a part of the sequence, forward and backward."""
     module = nn.Sequential(nn.Linear(4, 64), nn.GELU(), nn.Linear(64, 4))
     longest = []
     module[1].register_forward_hook(lambda _m, _i, output: longest.append(output.shape[1]))
-    holder = nn.Module()
-    holder.ff = module
-    in_chunks([holder], ("ff",), 3)
-    module(torch.randn(1, 12, 4, requires_grad=True)).sum().backward()
+    tokens = torch.randn(1, 12, 4, requires_grad=True)
+    Chunks(3)(module, tokens).sum().backward()
     assert longest == [4] * 6
+    longest.clear()
+    Chunks(3).linear(module, tokens).sum().backward()
+    assert longest == [4] * 3
+
+
+@pytest.mark.parametrize(("tokens", "lengths"), [(12, [3, 3, 3, 3]), (9, [3, 3, 3]), (3, [3])])
+def test_what_is_the_same_for_all_tokens_goes_with_each_part(tokens, lengths):
+    seen = []
+
+    def stretch(video, own, same):
+        seen.append((video.shape[1], own.shape[1], same.shape[1]))
+        return video * own + same
+
+    video, own, same = torch.randn(2, tokens, 4), torch.randn(2, tokens, 4), torch.randn(2, 1, 4)
+    with torch.no_grad():
+        assert torch.equal(Chunks(4)(stretch, video, own, same), video * own + same)
+    assert seen == [(length, length, 1) for length in lengths]
+
+
+def test_only_what_was_written_for_a_class_runs_in_its_place():
+    blocks = [Model().blocks[0] for _ in range(4)]
+    blocks[1].more = nn.Linear(2, 2)
+    blocks[2].ff.append(nn.GELU())
+    blocks[3].__class__ = type("Block", (Block,), {"forward": lambda self, video, text, more, scale=None: None})
+    in_chunks(blocks, [CHUNKED], 2)
+    assert [type(block).__name__ for block in blocks] == ["ChunkedBlock", "Block", "Block", "Block"]
