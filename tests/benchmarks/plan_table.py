@@ -1,6 +1,7 @@
 """What the planner chooses for typical cards: every model at its usual shape, as a markdown table.
 
-    python tests/benchmarks/plan_table.py
+    python tests/benchmarks/plan_table.py                          # all of them
+    python tests/benchmarks/plan_table.py wan2.1-t2v-14b ltxv-13b   # these variants
 
 Planned, not measured: memory is traced on the meta device from the real headers' shapes, rates are assumptions (`trainers/machine.py`).
 """
@@ -62,11 +63,13 @@ ROWS = (
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", choices=[[], *(row.variant for row in ROWS)], help="rows of the table")
+    wanted = parser.parse_args().variants
     names = " | ".join(f"{card.gib:.0f} GB<br>{card.name}" for card in CARDS)
     print(f"| planned | clips, rank | {names} |\n|---|---|{'---|' * len(CARDS)}")
     with tempfile.TemporaryDirectory() as folder:
-        for row in ROWS:
+        for row in (row for row in ROWS if not wanted or row.variant in wanted):
             print(line_of(row, Path(folder)), flush=True)
 
 
@@ -128,7 +131,7 @@ def cell(plan: MemoryPlan) -> str:
     price, chosen = plan.price, plan.arrangement
     if not plan.fits:
         needed = price.device_bytes + price.reserve_bytes
-        return f"- ({needed / GIB:.0f} GiB)" if needed > plan.machine.free_bytes else f"- ({price.host_bytes / GIB:.0f} GiB RAM)"
+        return f"- ({needed / GIB:.1f} GiB)" if needed > plan.machine.free_bytes else f"- ({price.host_bytes / GIB:.0f} GiB RAM)"
     done = []
     if price.placement.streamed:
         done.append(f"{len(price.placement.streamed)}/{len(plan.model.blocks)} {chosen.host}")
