@@ -204,7 +204,7 @@ def _told(run: Run, how: HowFound, plan: MemoryPlan | None, job: Job) -> str:
         "created": f"{run.name}: training starts in the background",
         "resumed": f"{run.name}: training goes on in the background, {steps} done",
         "attached": f"{run.name}: is already training, {steps} done",
-        "done": f"{run.name}: was trained already, {steps} done. Change a setting or the name to train another",
+        "done": f"{run.name}: was trained already, {steps} done. Change what is trained, or the name, to train another",
     }[how]
     memory = _plan_told(plan) if plan and how in ("created", "resumed") else ""
     if how == "attached" and (other := not_taken(run, job)):

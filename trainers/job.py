@@ -112,7 +112,8 @@ class ExpertsSpec(_Spec):
 class MemorySpec(_Spec):
     """How a model that is larger than the card is trained. What is left out or "auto", the plan chooses.
 
-    All but `quantise` says only where things wait; a run goes on with other such settings.
+    All but `quantise` says only where things wait, and `chunks` (its sums differ by rounding) in what order they come; a run goes
+    on with other such settings.
     """
 
     vram_gib: Annotated[float, Field(gt=0)] | None = None

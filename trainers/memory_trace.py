@@ -165,7 +165,7 @@ class Tracer:
         return self._known[key]
 
     def sampling_bytes(self, shape: StepShape, cfg: float, chunks: int) -> int:
-        """The most that one video of this shape takes beside weights while it is sampled, in so many parts of feed-forwards.
+        """The most that one video of this shape takes beside weights while it is sampled, with all but attention in so many parts.
 
         Nothing is kept for a backward pass: a few blocks stand for all.
         """

@@ -63,26 +63,31 @@ class PreviewPlan:
 
     def __str__(self) -> str:
         """One sentence or two."""
-        needed = f"{size_text(self.sampling_bytes)} to sample"
-        needed += (
-            f"; {size_text(self.decoding_bytes)} to decode, buffers of convolutions not counted" if self.decoding_bytes is not None else ""
-        )
+        sampling, decoding = f"{size_text(self.sampling_bytes)} to sample", "what decoding takes is not known"
+        if self.decoding_bytes is not None:
+            decoding = f"{size_text(self.decoding_bytes)} to decode, buffers of convolutions not counted"
         if not self.fits:
+            lacking = [*([sampling] if not self.sampled else []), *([decoding] if not self.decoded else [])]
+            needed = f"it would take at the least {' and '.join(lacking)}, and a reserve"
             remedy = f"; {_text(self.fitting)} would fit" if self.fitting else ""
-            return f"Previews of {_text(self.size)} do not fit ({needed} at the least){remedy}. The run goes on without those that do not."
+            return f"Previews of {_text(self.size)} do not fit: {needed}{remedy}. The run goes on without them."
         ways = [
             *(["fewer blocks stay on the card while they are sampled"] if self.fewer_blocks else []),
             *(["the transformer's weights leave the card while they are decoded"] if not self.beside else []),
             *([f"they are decoded in tiles of {self.tile_pixels} pixels"] if self.tile_pixels else []),
-            *(["what decoding takes is not known"] if self.decoding_bytes is None else []),
         ]
-        return f"Previews of {_text(self.size)} fit ({needed}){': ' if ways else ''}{', '.join(ways)}."
+        return f"Previews of {_text(self.size)} fit ({sampling}; {decoding}){': ' if ways else ''}{', '.join(ways)}."
 
     def as_values(self) -> dict[str, Any]:
         """As plain values, for other programs."""
-        fitting = dict(zip(("frames", "height", "width"), self.fitting, strict=True)) if self.fitting else None
+        size, fitting = (
+            dict(zip(("frames", "height", "width"), size, strict=True)) if size else None for size in (self.size, self.fitting)
+        )
         return {
+            "size": size,
             "fits": self.fits,
+            "sampling_fits": self.sampled,
+            "decoding_fits": self.decoded,
             "sampling_bytes": self.sampling_bytes,
             "fewer_blocks": self.fewer_blocks,
             "decoding_bytes": self.decoding_bytes,

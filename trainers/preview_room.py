@@ -89,7 +89,7 @@ class PreviewRoom:
         training = self.training
         residency = training.learners[0].residency
         blocks = f"{len(residency.placement.resident)} of {len(residency.block_bytes)} blocks stay on the device"
-        parts = f", feed-forwards run in {residency.arrangement.chunks} parts" if residency.arrangement.chunks > 1 else ""
+        parts = f", all but attention runs in {residency.arrangement.chunks} parts" if residency.arrangement.chunks > 1 else ""
         message = f"the device was full: while previews are sampled {blocks}{parts}; training keeps them as before"
         training.run.event("sample", step=training.step, files=[], message=message)
 

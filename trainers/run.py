@@ -109,6 +109,9 @@ class Run:
         if changed.memory != self.job.memory:
             with written_beside(self.folder / JOB_FILE) as path:
                 path.write_text(changed.canonical_json(), "utf-8")
+            before, after = self.job.memory.model_dump(), changed.memory.model_dump()
+            told = ", ".join(f"{field} {value!r} (before: {before[field]!r})" for field, value in after.items() if value != before[field])
+            self.event("memory", message=f"goes on with other memory settings: {told}")
             self.job = changed
 
     @property

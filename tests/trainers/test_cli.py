@@ -121,6 +121,14 @@ def test_a_run_goes_on_with_other_memory_settings_once_it_is_paused(job_file, tm
     assert find_run(tmp_path / "runs", "cat").job.memory.vram_gib == 10
 
 
+def test_what_makes_a_new_run_is_named(job_file, capsys):
+    assert main(["train", job_file()]) == 0
+    assert main(["train", job_file(seed=5, memory={"vram_gib": 10})]) == 0
+    assert "(different: seed)" in capsys.readouterr().out
+    assert main(["train", job_file(memory={"vram_gib": 10, "quantise": "fp8"})]) == 0
+    assert "(different: memory.quantise)" in capsys.readouterr().out
+
+
 def test_resume_needs_a_run_that_exists(job_file, capsys):
     assert main(["train", job_file(), "--resume"]) == 1
     assert "Leave --resume out to start it" in capsys.readouterr().err

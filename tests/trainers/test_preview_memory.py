@@ -27,7 +27,7 @@ from trainers.job_memory import JobTrace
 from trainers.live_bytes import LiveBytes
 from trainers.load import load_vae
 from trainers.lora import inject
-from trainers.machine import GIB, MIB, Machine, card_of
+from trainers.machine import GIB, MIB, Machine, card_of, size_text
 from trainers.memory_plan import choose
 from trainers.plan import make_plan
 from trainers.preview_memory import PreviewPlan, _Decoding, _Planner, plan_previews
@@ -133,7 +133,8 @@ def test_on_smaller_and_smaller_cards_more_is_done(job: Job) -> None:
     assert last
     assert last.fitting
     assert last.fitting < last.size
-    assert "do not fit (" in str(last)
+    assert not last.sampled
+    assert f"do not fit: it would take at the least {size_text(last.sampling_bytes)} to sample" in str(last)
     assert f"{last.fitting[0]} frames of {last.fitting[2]}x{last.fitting[1]} would fit. The run goes on" in str(last)
 
 

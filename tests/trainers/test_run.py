@@ -217,6 +217,9 @@ def test_a_run_goes_on_with_other_memory_settings(job):
     written = smaller.with_absolute_paths(Path.cwd()).canonical_json()
     assert Run.open(run.folder).job.canonical_json() == again.job.canonical_json() == written
     assert not_taken(again, smaller) == ""
+    told = again.read_events()[-1]
+    assert (told["event"], told["message"].split(", ")[0]) == ("memory", "goes on with other memory settings: vram_gib 10.0 (before: None)")
+    assert again.status().state == "new"
     assert smaller.hash() == job.hash(), "it trains the same"
     _finish(run, "done")
     assert attach_or_create(job)[1] == "done"

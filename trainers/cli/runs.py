@@ -106,7 +106,7 @@ def _why_another_name(run: Run, job: Job) -> str:
         return f"{job.name} has files of an earlier run; this one is {run.name}."
     earlier = Run.open(folder)
     mine, theirs = job.model_dump(mode="json"), earlier.job.with_memory_of(job).model_dump(mode="json")
-    changed = ", ".join(field for field in mine if mine[field] != theirs[field])
+    changed = ", ".join("memory.quantise" if field == "memory" else field for field in mine if mine[field] != theirs[field])
     text = f"{job.name} exists with another job (different: {changed}); this is a new run, {run.name}, from the beginning."
     if step := earlier.latest_checkpoint():
         text += f'\nTo go on from there instead: [start] extends = "{job.name}@{step}"'
