@@ -2,9 +2,9 @@
 
     python tests/benchmarks/memory_growth.py [--steps 2000] [--every 100] [--warm-up 300] [--bound-mib 4]
 
-Prints the resident memory of the process, and what of it is its own (no mapped files), at every `--every` steps. Both come and go by
-up to 10 MiB, but what leaks is never given back: exits with 1 when the trend of either after the warm-up, the median slope between
-two readings (Theil and Sen's) times the steps, is above `--bound-mib`.
+Prints the resident memory of the process, and what of it is its own (not mapped from files; Linux only), at every `--every` steps.
+Both come and go by some MiB, but what leaks is never given back: exits with 1 when the trend of either after the warm-up, the median
+slope between two readings (Theil and Sen's) times the steps, is above `--bound-mib`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def readings(steps: int, every: int) -> list[tuple[int, float, float]]:
             report(training, optimize(training))
             if training.step % every == 0:
                 gc.collect()
-                memory = process.memory_full_info()
-                found.append((training.step, memory.rss / 2**20, memory.uss / 2**20))
+                memory = process.memory_info()
+                found.append((training.step, memory.rss / 2**20, (memory.rss - memory.shared) / 2**20))
                 print("step {:6d}  resident {:8.2f} MiB  own {:8.2f} MiB".format(*found[-1]), flush=True)
         training.batches.close()
         training.accelerator.end_training()
