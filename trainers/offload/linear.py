@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .packing import AS_STORED, Packing, known
-from .product import FrozenProduct, opaque_product
+from .product import FrozenProduct, define_operators, opaque_product
 
 
 class FrozenLinear(nn.Linear):
@@ -49,6 +49,7 @@ class FrozenLinear(nn.Linear):
         bias_O: torch.Tensor | None,
         number: torch.Tensor | None,
     ) -> None:
+        define_operators()  # before any compiler runs: none can do it while it traces
         super().__init__(shape_OI[1], shape_OI[0], bias=bias_O is not None, device="meta")
         self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         if bias_O is not None:

@@ -10,6 +10,7 @@ Shape suffixes: O outputs, I inputs.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from .packing import packing_named
 
 NAMESPACE = re.sub(r"\W", "_", __name__)
 """Of the operators: of its own for each name this module is imported by, since an operator can be defined only once."""
+
+_defining = threading.Lock()
+_defined: list[str] = []
 
 Dense = Callable[[torch.dtype], torch.Tensor]
 
@@ -72,6 +76,16 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, list[None
     return of_input, [None] * len(ctx.saved_tensors), None, None, None
 
 
+def define_operators() -> None:
+    """Makes the operators known to torch, once, for `opaque_product` to be compiled. Not done by an import: it takes 0.15 s in a
+    ComfyUI, for each operator torch looks through all modules that are loaded.
+    """
+    with _defining:
+        if not _defined:
+            _define()
+            _defined.append(NAMESPACE)
+
+
 def _define() -> None:
     product, gradient = f"{NAMESPACE}::product", f"{NAMESPACE}::product_gradient"
     torch.library.define(product, "(Tensor input, Tensor[] stored, Tensor? bias, str packing, int[] shape) -> Tensor")
@@ -81,6 +95,3 @@ def _define() -> None:
     torch.library.register_fake(product, lambda input, stored, bias, packing, shape: input.new_empty(*input.shape[:-1], shape[0]))
     torch.library.register_fake(gradient, lambda output, stored, packing, shape: output.new_empty(*output.shape[:-1], shape[1]))
     torch.library.register_autograd(product, _backward, setup_context=_save)
-
-
-_define()
