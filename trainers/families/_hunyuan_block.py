@@ -84,7 +84,7 @@ def _double_block(
         attention_mask=mask,
         image_rotary_emb=angles,
     )
-    video_BND = _along(chunks, after(block.norm2, block.ff), spans, video_BND, attended_BND)
+    video_BND = _along(chunks.last, after(block.norm2, block.ff), spans, video_BND, attended_BND)
     return video_BND, after(block.norm2_context, block.ff_context)(text_BLD, attended_BLD, *text_rows)
 
 
@@ -109,7 +109,7 @@ def _single_block(
         attention_mask=mask,
         image_rotary_emb=angles,
     )
-    return _along(chunks, after, spans, video_BND, attended_BND), after(text_BLD, attended_BLD, *text_rows)
+    return _along(chunks.last, after, spans, video_BND, attended_BND), after(text_BLD, attended_BLD, *text_rows)
 
 
 def _modulated(norm: Any, tokens_BAD: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -127,9 +127,11 @@ def _replaced(norm: Any, time_BD: torch.Tensor, first_BD: torch.Tensor | None, f
     return [(slice(0, first_tokens), _rows(norm, first_BD, count)), (slice(first_tokens, None), _rows(norm, time_BD, count))]
 
 
-def _along(chunks: Chunks, stretch: Callable[..., torch.Tensor], spans: _Spans, *tensors_BND: torch.Tensor) -> torch.Tensor:
-    """A stretch over all video tokens, each span with its own rows."""
-    found = [chunks(stretch, *(tensor_BND[:, span] for tensor_BND in tensors_BND), *rows) for span, rows in spans]
+def _along(
+    run: Callable[..., torch.Tensor], stretch: Callable[..., torch.Tensor], spans: _Spans, *tensors_BND: torch.Tensor
+) -> torch.Tensor:
+    """`run` of a stretch over all video tokens, each span with its own rows."""
+    found = [run(stretch, *(tensor_BND[:, span] for tensor_BND in tensors_BND), *rows) for span, rows in spans]
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 

@@ -45,8 +45,7 @@ def _forward(
     video_BND = video_BND + block.attn2(
         video_BND, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=None, attention_mask=encoder_attention_mask
     )
-    found: torch.Tensor = chunks(feed_forward, video_BND, times_BT6D)
-    return found
+    return chunks.last(feed_forward, video_BND, times_BT6D)
 
 
 def _rows(block: Any, times_BT6D: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, ...]:

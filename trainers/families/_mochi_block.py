@@ -40,7 +40,7 @@ def _forward(
         attention_mask=encoder_attention_mask,
     )
     after = _after(block.norm2, block.norm3, block.ff, block.norm4)
-    video_BND = chunks(after, video_BND, attended_BND, *rows)
+    video_BND = chunks.last(after, video_BND, attended_BND, *rows)
     if not block.context_pre_only:
         after = _after(block.norm2_context, block.norm3_context, block.ff_context, block.norm4_context)
         text_BLD = after(text_BLD, attended_BLD, *(row[:, None] for row in text_rows))

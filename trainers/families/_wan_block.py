@@ -44,8 +44,7 @@ def _forward(
     attended_BND = block.attn1(chunks(before_attention, video_BND, times_BT6D), None, None, rotary_emb)
     video_BND = (chunks if times_BT6D.shape[1] > 1 else chunks.linear)(gated, video_BND, attended_BND, times_BT6D)
     video_BND = video_BND + block.attn2(chunks(before_cross_attention, video_BND), encoder_hidden_states, None, None)
-    found: torch.Tensor = chunks(feed_forward, video_BND, times_BT6D)
-    return found
+    return chunks.last(feed_forward, video_BND, times_BT6D)
 
 
 def _rows(block: Any, times_BT6D: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, ...]:

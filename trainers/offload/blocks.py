@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from .activations import Arena
+from .chunks import outputs_unread
 from .stream import Stream, Way
 
 _TENSOR = object()
@@ -153,7 +154,7 @@ class _Checkpoint(torch.autograd.Function):
             assert arena is not None
             tensors[index] = arena.pop(ctx.levels[index])
         inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(tensors, ctx.needs_input_grad[2:], strict=True)]
-        with torch.enable_grad(), call.same_draws(inputs[0].device):
+        with torch.enable_grad(), outputs_unread(), call.same_draws(inputs[0].device):
             outputs = call.run(inputs, "backward")
         ends, grads = _ends(outputs, gradients)
         del outputs  # nobody asks for them: only for where they came from

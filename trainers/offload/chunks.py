@@ -8,7 +8,9 @@ Shape suffixes: B batch, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from inspect import Parameter, signature
@@ -16,7 +18,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
+
+_now = threading.local()
+
+
+@contextmanager
+def outputs_unread() -> Iterator[None]:
+    """Within it nobody reads what a block returns: it is computed once more for its gradients only."""
+    before = _outputs_unread()
+    _now.unread = True
+    try:
+        yield
+    finally:
+        _now.unread = before
+
+
+def _outputs_unread() -> bool:
+    return getattr(_now, "unread", False)
 
 
 @dataclass(frozen=True)
@@ -35,19 +56,68 @@ class Chunks:
         """
         return self._joined(self._recomputed if torch.is_grad_enabled() else _plainly, stretch, tensors)
 
+    def last(self, stretch: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """The same for the stretch that a block ends with, which gives the shape and dtype of its first tensor.
+
+        Where outputs are not read it runs in the backward pass only; with dropout too before it, since draws follow each other.
+        """
+        if torch.compiler.is_compiling() or self.random or not (torch.is_grad_enabled() and _outputs_unread()):
+            found: torch.Tensor = self(stretch, *tensors)
+            return found
+        anchor = torch.zeros(0, requires_grad=True)
+        unread: torch.Tensor = _Later.apply(self, stretch, anchor, *tensors)  # type: ignore[no-untyped-call]
+        return unread
+
     def linear(self, stretch: Callable[..., Any], *tensors: torch.Tensor) -> Any:
         """The same for a stretch that autograd keeps nothing of, such as sums and products with what is not trained."""
         return self._joined(_plainly, stretch, tensors)
 
     def _joined(self, run: Callable[..., Any], stretch: Callable[..., Any], tensors: tuple[torch.Tensor, ...]) -> Any:
+        parts = list(self.parts(tensors))
+        return run(stretch, *parts[0]) if len(parts) == 1 else torch.cat([run(stretch, *part) for part in parts], dim=1)
+
+    def parts(self, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """What the stretch gets each time: all of fewer tokens than parts."""
         tokens = max(tensor.shape[1] for tensor in tensors)
-        if tokens < self.count:
-            return run(stretch, *tensors)
-        cut = [tensor.chunk(self.count, dim=1) if tensor.shape[1] == tokens else [tensor] * self.count for tensor in tensors]
-        return torch.cat([run(stretch, *part) for part in zip(*cut, strict=False)], dim=1)  # `chunk` may make fewer parts
+        count = self.count if tokens >= self.count else 1
+        cut = [tensor.chunk(count, dim=1) if tensor.shape[1] == tokens else (tensor,) * count for tensor in tensors]
+        yield from zip(*cut, strict=False)  # `chunk` may make fewer parts
 
     def _recomputed(self, stretch: Callable[..., Any], *tensors: torch.Tensor) -> Any:
         return checkpoint(stretch, *tensors, use_reentrant=False, preserve_rng_state=self.random)
+
+
+class _Later(torch.autograd.Function):
+    """A stretch that nobody reads: memory without values, and in the backward pass part after part and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chunks: Chunks, stretch: Callable[..., torch.Tensor], anchor: torch.Tensor, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.chunks, ctx.stretch = chunks, stretch
+        ctx.save_for_backward(*tensors)
+        return torch.empty_like(tensors[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        sums = [torch.zeros_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
+        places = [tensor if place is None else place for tensor, place in zip(tensors, sums, strict=True)]
+        for part, *rest in reversed(list(ctx.chunks.parts([gradient, *tensors, *places]))):  # as autograd would
+            given, into = rest[: len(tensors)], rest[len(tensors) :]
+            inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=True)]
+            with torch.enable_grad():
+                output = ctx.stretch(*inputs)
+            if not output.requires_grad:
+                continue
+            end = get_gradient_edge(output)
+            del output  # nobody reads it here either
+            torch.autograd.backward([end], [part])
+            for input, place in zip(inputs, into, strict=True):
+                if input.grad is not None:
+                    place.add_(input.grad)
+        return (None, None, None, *sums)
 
 
 def _plainly(stretch: Callable[..., Any], *tensors: torch.Tensor) -> Any:

@@ -12,12 +12,13 @@ from live_bytes import LiveBytes
 from tiny_families import filled, tiny_conditions, tiny_config, tiny_latents, tiny_text
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.family import Family, Variant, families
 from trainers.job import LoraSpec
 from trainers.lora import inject
 from trainers.offload.arrangement import Arrangement
-from trainers.offload.chunks import Chunks, in_chunks
+from trainers.offload.chunks import Chunks, in_chunks, outputs_unread
 from trainers.offload.compiled import compiled
 from trainers.residency import Residency, blocks_of
 
@@ -86,8 +87,10 @@ def answers(run: Callable[..., Any], call: Call) -> list[torch.Tensor]:
     chance = torch.Generator().manual_seed(2)
     weights = [torch.randn(output.shape, generator=chance).to(output.dtype) for output in outputs]
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(outputs, [*leaves, *parameters], weights, allow_unused=True)
-    return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
+    for parameter in parameters:
+        parameter.grad = None
+    torch.autograd.backward(outputs, weights)
+    return [*outputs, *(leaf.grad for leaf in (*leaves, *parameters) if leaf.grad is not None)]
 
 
 def whole(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +160,29 @@ def test_dropout_draws_the_same_twice(family: Family, variant: Variant, kept: bo
         assert same(*found)
 
 
+@of_every_case
+def test_the_last_stretch_waits_for_its_gradient(family: Family, variant: Variant, kept: bool, config: dict[str, Any]) -> None:
+    """Where a block runs for its gradients only: they are what they are when the stretch is computed before them, too."""
+    transformer = trained(family, variant, config, torch.float32)
+    run = cut(family, Chunks(4))
+    for call in calls(family, variant, kept, transformer, torch.float32):
+        wanted, forward = answers(run, call), products(run, call)
+        with outputs_unread():
+            found, shorter = answers(run, call), products(run, call)
+        outputs = 1 if isinstance(whole(call[0], *call[1], **call[2]), torch.Tensor) else 2
+        for ours, theirs in zip(found[:outputs], wanted[:outputs], strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert same(found[outputs:], wanted[outputs:])
+        assert shorter < forward
+
+
+def products(run: Callable[..., Any], call: Call) -> int:
+    """Of matrices, multiply-adds times two, in a forward pass that a backward pass will follow."""
+    with FlopCounterMode(display=False) as count:
+        run(call[0], *call[1], **call[2])
+    return count.get_total_flops()
+
+
 def test_the_trainer_runs_them_and_another_number_of_chunks_later() -> None:
     family, variant = WAN, WAN.variants[0]
     wanted = predicted(family, variant, False, trained(family, variant, {}, torch.float64), torch.float64)
@@ -165,7 +191,7 @@ def test_the_trainer_runs_them_and_another_number_of_chunks_later() -> None:
     transformer.blocks[0].ffn.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))  # type: ignore[index,union-attr]
     residency = Residency(transformer, family, CPU, Arrangement(chunks=3))
     residency.enter()
-    for chunks, expected in ((3, [6, 6, 6] * 3), (1, [18] * 2)):
+    for chunks, expected in ((3, [6, 6, 6] * 2), (1, [18] * 2)):  # forward, and once in the backward pass
         residency.rearrange(Arrangement(chunks=chunks))
         lengths.clear()
         found = predicted(family, variant, False, transformer, torch.float64)

@@ -159,7 +159,7 @@ def test_what_a_block_answers_again_is_dropped_at_once():
 
 def chunked_forward(block, chunks, video, text, scale=None, *, flag=None):
     video = video + block.down(torch.tanh(block.up(block.norm(video)))) + block.dropout(video) @ block.lora
-    return chunks(lambda tokens, scale: block.ff(tokens) * scale, video, scale.view(1, 1, 1)), text + video.mean(1, keepdim=True)
+    return chunks.last(lambda tokens, scale: block.ff(tokens) * scale, video, scale.view(1, 1, 1)), text + video.mean(1, keepdim=True)
 
 
 CHUNKED = ChunkedForward("Block", {"": ("norm", "up", "down", "lora", "dropout", "ff"), "ff": ("0", "1")}, chunked_forward)
@@ -187,6 +187,57 @@ def test_chunks_keep_one_part_at_a_time():
     longest.clear()
     Chunks(3).linear(module, tokens).sum().backward()
     assert longest == [4] * 3
+
+
+def test_the_last_stretch_is_computed_twice_a_step():
+    """Once for what comes after the block, once for its gradients: that is when nobody asks what it gives."""
+    block = Chunked(dropout=0.0)
+    (wrapped,) = Blocks([block]).modules
+    wrapped(torch.randn(1, 12, 4, requires_grad=True)).sum().backward()
+    assert block.lengths == [4, 4, 4] * 2
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_last_stretch_of_a_block_without_trained_weights(trained):
+    """Its input may need a gradient, or nothing of it."""
+    block = Chunked(dropout=0.0).requires_grad_(False)
+    (wrapped,) = Blocks([copy.deepcopy(block)]).modules
+    tokens = torch.randn(1, 12, 4)
+    ours, theirs = tokens.clone().requires_grad_(trained), tokens.clone().requires_grad_()
+    wrapped(ours).sum().backward()
+    block(theirs).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad) if trained else ours.grad is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_last_stretch_draws_what_it_drew(dropout):
+    found = []
+    for wrap in (False, True):
+        torch.manual_seed(3)
+        block = Chunked(dropout)
+        if wrap:
+            Blocks([block], random=dropout > 0)
+        tokens = torch.randn(1, 12, 4, requires_grad=True)
+        torch.manual_seed(4)
+        block(tokens).square().sum().backward()
+        found.append([tokens.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Chunked(nn.Module):
+    """In three parts; `lengths` are the tokens of each run of its last stretch."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.ff, self.dropout = nn.Linear(4, 4), nn.Dropout(dropout)
+        self.chunks, self.lengths = Chunks(3, random=dropout > 0), []
+
+    def forward(self, tokens):
+        return self.chunks.last(self._last, self.chunks(torch.tanh, tokens))
+
+    def _last(self, tokens):
+        self.lengths.append(tokens.shape[1])
+        return tokens + self.dropout(self.ff(tokens))
 
 
 @pytest.mark.parametrize(("tokens", "lengths"), [(12, [3, 3, 3, 3]), (9, [3, 3, 3]), (3, [3])])
