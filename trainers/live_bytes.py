@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = self.attention_flops = 0.0
         self._device_type = device_type
         self._sizes: dict[int, int] = {}
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in known:
             self._enter(tensor.untyped_storage(), 0)
 
@@ -42,7 +44,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        output = _on_meta[func](*args) if func in _on_meta and args[0].is_meta else func(*args, **kwargs)
+        output = _on_meta[func](*args) if func in _on_meta and args[0].is_meta else _answers.of(func, args, kwargs)
         made = [tensor for tensor in _tensors(output) if tensor.device.type == self._device_type and self._sees(tensor)]
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=output)
@@ -62,12 +64,81 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         identity = storage._cdata
         if identity not in self._sizes:
             self._sizes[identity] = size
-            weakref.finalize(storage, self._leave, identity)
+            self._watched[identity] = weakref.ref(storage, lambda _: self._leave(identity))
             self.live += size
             self.peak = max(self.peak, self.live)
 
     def _leave(self, identity: int) -> None:
+        del self._watched[identity]
         self.live -= self._sizes.pop(identity, 0)
+
+
+class _Answers:
+    """What operators give on the meta device, found once for each form of their arguments.
+
+    PyTorch finds it in Python for many of them (2 ms for a layer norm), and a model asks the same for every block. Kept are operators
+    whose tensors are all new: views, and what is written into its arguments, are run each time.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def of(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`func(*args, **kwargs)`."""
+        given = list(_tensors((args, kwargs)))
+        if not given or not all(tensor.is_meta for tensor in given) or not _makes_only_new(func):
+            return func(*args, **kwargs)
+        form = (func, _form(args), _form(tuple(kwargs.items())))
+        if form not in self._known:
+            output = func(*args, **kwargs)
+            if not _is_new(output, given):
+                return output
+            if len(self._known) == _MOST_ANSWERS:
+                self._known.clear()
+            self._known[form] = _form(output)
+            return output
+        return _made(self._known[form])
+
+
+_MOST_ANSWERS = 10_000
+
+
+@cache
+def _makes_only_new(func: Any) -> bool:
+    return all(value.alias_info is None for value in (*func._schema.arguments, *func._schema.returns))
+
+
+def _is_new(output: Any, given: list[torch.Tensor]) -> bool:
+    """Whether an output is tensors, none of which shares memory with what was given (some operators do not say that they give views)."""
+    made = [output] if isinstance(output, torch.Tensor) else output
+    if not isinstance(made, tuple | list) or not all(isinstance(tensor, torch.Tensor) for tensor in made):
+        return False
+    storages = [tensor.untyped_storage()._cdata for tensor in (*made, *given)]
+    return len(set(storages[: len(made)])) == len(made) and not set(storages[: len(made)]) & set(storages[len(made) :])
+
+
+def _form(value: Any) -> Any:
+    """What can be told of a value apart from its memory, to be compared."""
+    if isinstance(value, torch.Tensor):
+        return _Layout(value.shape, value.stride(), value.dtype)
+    return (type(value), *map(_form, value)) if isinstance(value, tuple | list) else (type(value), value)
+
+
+def _made(form: Any) -> Any:
+    """Tensors of that form, with memory of their own."""
+    if isinstance(form, _Layout):
+        return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
+    kind, *parts = form
+    return kind(map(_made, parts))
+
+
+class _Layout(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_answers = _Answers()
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -7,10 +7,11 @@ kernels allocate for themselves (cuBLAS, cuDNN), rounding and fragmentation of t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -297,15 +298,25 @@ class _Inputs:
 
     def __init__(self) -> None:
         self._of_block: dict[int, dict[int, int]] = {}
+        self._numbers: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._count = count()
 
     def noted(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if index not in self._of_block:
                 found = [tensor.untyped_storage() for tensor in _tensors_in((args, kwargs))]
-                self._of_block[index] = {storage._cdata: storage.nbytes() for storage in found}
+                self._of_block[index] = {self._number(storage): storage.nbytes() for storage in found}
             return forward(*args, **kwargs)
 
         return run
+
+    def _number(self, storage: torch.UntypedStorage) -> int:
+        """The storage's own, which one that is made at its address later does not get: inputs may be gone by then."""
+        known, number = self._numbers.get(storage._cdata, (None, 0))
+        if known is None or known() is not storage:
+            number = next(self._count)
+            self._numbers[storage._cdata] = weakref.ref(storage), number
+        return number
 
     def total(self) -> int:
         blocks = list(self._of_block.values())

@@ -19,7 +19,7 @@ from trainers.family import FIRST_FRAME, Conditions, Family, TextRecord, Variant
 from trainers.job import LoraSpec
 from trainers.live_bytes import LiveBytes
 from trainers.lora import inject
-from trainers.memory_trace import StepShape, Tracer
+from trainers.memory_trace import StepShape, Tracer, _Inputs
 from trainers.offload.arrangement import Arrangement
 from trainers.predict import batch_loss
 from trainers.residency import Residency
@@ -127,6 +127,57 @@ def test_few_blocks_stand_for_all(family_id: str, way: str) -> None:
     assert few.backward.product_flops == all_of_them.backward.product_flops
     assert few.backward.attention_flops == all_of_them.backward.attention_flops
     assert few.inputs_bytes == all_of_them.inputs_bytes
+
+
+@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.id)
+def test_what_is_kept_of_operators_changes_nothing(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device each answer of an operator is found once for all blocks."""
+    variant, tracer = traced(family, torch.bfloat16)
+    kept = tracer.step(shape_of(family, variant), WAYS["chunks"])
+    monkeypatch.setattr("trainers.live_bytes._answers.of", lambda func, args, kwargs: func(*args, **kwargs))
+    variant, tracer = traced(family, torch.bfloat16)
+    assert tracer.step(shape_of(family, variant), WAYS["chunks"]) == kept
+
+
+@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.id)
+def test_inputs_are_as_large_wherever_they_wait(family: Family) -> None:
+    variant, tracer = traced(family, torch.bfloat16)
+    shape = shape_of(family, variant)
+    there, elsewhere = (tracer.step(shape, WAYS[way]).inputs_bytes for way in ("checkpoints", "checkpoints on the host"))
+    assert there == elsewhere > 0
+
+
+def test_an_input_at_the_address_of_one_that_is_gone_is_another() -> None:
+    """On the host inputs leave, and what is made after them may lie where they lay."""
+    inputs = _Inputs()
+    for index in range(50):
+        inputs.noted(index, lambda tensor: None)(torch.empty(3, device="meta"))
+    assert inputs.total() == 50 * 12
+
+
+def test_views_and_writes_are_run_each_time() -> None:
+    with LiveBytes("meta") as counter:
+        for _ in range(2):
+            rows = torch.empty(4, 6, device="meta")
+            assert rows.view(6, 4)._base is rows
+            assert torch.ops.aten._unsafe_view(rows, [6, 4]).untyped_storage()._cdata == rows.untyped_storage()._cdata
+            assert rows.add_(1) is rows
+            assert counter.live == rows.nbytes
+            total = rows + 1
+            assert counter.live == rows.nbytes + total.nbytes
+            del rows, total
+            assert counter.live == 0
+
+
+def test_an_answer_has_the_dtype_and_strides_of_the_operator_s() -> None:
+    with LiveBytes("meta"):
+        for _ in range(2):
+            rows = torch.empty(4, 6, device="meta").t()
+            assert (rows * 2).stride() == rows.stride() == (1, 6)
+            assert (rows * rows.to(torch.float64)).dtype == torch.float64
+            assert (rows > True).dtype == torch.bool
+            assert torch.full_like(rows, 1.0, dtype=torch.int8).dtype == torch.int8
+            assert torch.native_layer_norm(rows, [4], None, None, 1e-6)[1].shape == (6, 1)
 
 
 def test_a_card_s_norm_takes_its_output_alone() -> None:
