@@ -7,17 +7,14 @@ OUT = build/demo
 VENV = .venv
 LOWEST = .venv-lowest
 
-# One thread per process: two processes with two threads each on two cores are ten times slower.
-ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-
 test: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2
 
 test-lowest: $(LOWEST)/installed
-	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -n 2
+	$(LOWEST)/bin/python -m pytest -n 2
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m trainers demo --out "$(OUT)"

@@ -1,10 +1,17 @@
-"""With `-n 2` the tests with a real ComfyUI all run in one of the processes, so that they share one server."""
+"""One thread for each process: two processes of two threads on two cores are ten times slower, and sums depend on the number.
+
+With `-n 2` the tests with a real ComfyUI all run in one of the processes, so that they share one server.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported, here and in the processes that tests start
+    os.environ.setdefault(name, "1")
 
 
 @pytest.hookimpl(optionalhook=True)

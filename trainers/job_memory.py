@@ -9,25 +9,30 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 
 import torch
+from torch import nn
 
 from .batches import Samples
 from .card_kernels import AMPERE, CPU, TURING, Kernels
 from .checkpoint import Checkpoint
 from .conditions import first_frame_probability
 from .data.encoded import Encoded, EncodedItem
-from .errors import JobError
+from .errors import JobError, Problem
 from .experts import experts_of
 from .family import FIRST_FRAME, IMAGE_TEXT, LATENTS, Detection, Family, LatentSpec, Variant
 from .job import Job
 from .load import load_transformer
+from .lora_keys import listed
 from .machine import Machine, this_machine
 from .memory_plan import MemoryPlan, choose, too_large
 from .memory_trace import ModelBytes, StepShape, StepTrace, Tracer
 from .method import method_of
 from .offload.arrangement import Arrangement
+from .offload.chunks import whole_only
 from .preview_memory import plan_previews
+from .residency import blocks_of
 
 _META = torch.device("meta")
 _TEXTS_LOOKED_AT = 256
@@ -76,8 +81,17 @@ def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: M
     streams = machine.device == "cuda" and method.can_stream
     keep_stored = None if streams else False
     transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams, quantise=job.memory.quantise)
+    _check_chunks(job, transformer, detection.family)
     add = partial(method.inject, device=_META)
     return Tracer(detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation)
+
+
+def _check_chunks(job: Job, transformer: nn.Module, family: Family) -> None:
+    """The plan leaves parts out where blocks have none; who asks for them is told."""
+    if (job.memory.chunks or 1) > 1 and (kinds := whole_only(blocks_of(transformer, family), family.chunked)):
+        value = f"memory.chunks is {job.memory.chunks}"
+        rule = f"{listed(kinds)} of diffusers {version('diffusers')} is not what was written in parts"
+        raise JobError(Problem(value, rule, "Leave memory.chunks out, or install another diffusers."))
 
 
 def _kernels(machine: Machine) -> Kernels:

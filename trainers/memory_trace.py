@@ -329,7 +329,8 @@ def _blocks_run(
 ) -> Iterator[tuple[Blocks, _Inputs]]:
     """The blocks run as arranged and within `kernels`, in the backward pass too; their inputs are noted."""
     modules, inputs = blocks_of(transformer, family), _Inputs()
-    in_chunks(modules, family.chunked, arrangement.chunks)
+    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in transformer.modules())
+    in_chunks(modules, family.chunked, arrangement.chunks, random)
     for index, module in enumerate(modules):
         module.forward = inputs.noted(index, _within(kernels, module.forward))
     blocks = Blocks(modules, checkpointing=arrangement.checkpointing)

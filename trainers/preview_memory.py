@@ -151,14 +151,15 @@ class _Planner:
         """Bytes, whether they fit, and whether fewer blocks than in training are on the card for it."""
         family, variant, price = self.detection.family, self.detection.variant, self.plan.price
         cfg = Solver.of(family, variant, 1, None, self.job.previews.cfg, 1).cfg
-        least = place(self.plan.model.blocks, 0).device_bytes + self.plan.model.beside
+        stays = self._stays
+        least = price.weights_bytes if stays else place(self.plan.model.blocks, 0).device_bytes + self.plan.model.beside
         chunks, needed = self.plan.arrangement.chunks, 0
         for weights, parts in ((price.weights_bytes, chunks), (least, chunks), (least, MOST_CHUNKS)):
             peak = self.tracer.sampling_bytes(shape, cfg, parts)
             needed = weights + price.trained_bytes + peak
             if self._fits(needed, peak):
-                return needed, True, (weights, parts) != (price.weights_bytes, chunks)
-        return needed, False, True
+                return needed, True, (weights, parts) != (price.weights_bytes, chunks) and not stays
+        return needed, False, not stays
 
     def _decoded(self, size: Size, beside: bool) -> tuple[int | None, bool, bool, int | None]:
         """Bytes, whether they fit, whether beside the weights, and in which tiles."""
@@ -171,8 +172,13 @@ class _Planner:
                 return None, True, True, None
             needed = price.trained_bytes + self.decoding.weights_bytes + peak + (price.weights_bytes if with_weights else 0)
             if self._fits(needed, peak):
-                return needed, True, with_weights, side
-        return needed, False, False, side
+                return needed, True, with_weights or self._stays, side
+        return needed, False, self._stays, side
+
+    @property
+    def _stays(self) -> bool:
+        """Whether all weights are trained: they are counted as such, and never leave the card."""
+        return self.job.method == "full"
 
     def _fits(self, needed: int, peak: int) -> bool:
         return needed + WORKSPACE_BYTES + int(ROUNDING * peak) <= self.plan.machine.free_bytes

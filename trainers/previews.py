@@ -60,7 +60,6 @@ class Previews:
                 f"no memory for a preview of {spec.num_frames} frames of {spec.width}x{spec.height}, {error}; training goes on without it"
             )
             training.run.event("sample", step=step, files=[], message=told)
-            training.make_way()  # an expert may have come only half way
         finally:
             give_back(training.device)
         if files := [path.name for path in paths if path.exists()]:

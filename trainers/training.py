@@ -111,8 +111,12 @@ class Training:
         if self.resident is learner:
             return
         self.make_way()
+        try:
+            learner.residency.enter()
+        except BaseException:
+            learner.residency.leave()  # what came of it before the device was full
+            raise
         self.resident = learner
-        learner.residency.enter()
 
 
 def open_training(run: Run) -> Training:

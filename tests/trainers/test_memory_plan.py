@@ -16,7 +16,7 @@ from trainers.checkpoint import Checkpoint
 from trainers.cli import main
 from trainers.errors import JobError
 from trainers.family import detect, families
-from trainers.job import Job, parse_job
+from trainers.job import Job, MemorySpec, parse_job
 from trainers.job_memory import tracer_of
 from trainers.machine import GIB, Machine, card_of
 from trainers.memory_plan import MemoryPlan, choose, too_large
@@ -247,6 +247,16 @@ def test_a_tiny_card_is_refused_before_anything_is_loaded(tmp_path: Path) -> Non
     machine = replace(card_of(None, 12).machine(16), free_bytes=2**20)
     with pytest.raises(JobError, match="at the least"):
         make_plan(job, machine)
+
+
+def test_parts_that_a_block_does_not_have_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in another release of diffusers. The plan itself does without them."""
+    asked, machine = tiny_job(tmp_path, gradient_checkpointing=True, memory={"chunks": 4}), card_of(None, 12).machine(16)
+    assert make_plan(asked, machine).memory
+    monkeypatch.setattr("trainers.offload.chunks.ChunkedForward.suits", lambda self, block: False)
+    with pytest.raises(JobError, match=r"memory.chunks is 4; WanTransformerBlock of diffusers .* Leave memory.chunks out"):
+        make_plan(asked, machine)
+    assert make_plan(asked.model_copy(update={"memory": MemorySpec()}), machine).memory
 
 
 def test_both_experts_count(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ caching allocator rounds up.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -145,6 +146,20 @@ def test_inputs_are_as_large_wherever_they_wait(family: Family) -> None:
     shape = shape_of(family, variant)
     there, elsewhere = (tracer.step(shape, WAYS[way]).inputs_bytes for way in ("checkpoints", "checkpoints on the host"))
     assert there == elsewhere > 0
+
+
+@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.id)
+def test_with_dropout_parts_are_computed_once_more(family: Family) -> None:
+    """Its draws follow each other: the last stretch of a block is computed before its gradient too."""
+    flops = {}
+    for dropout in (0.0, 0.5):
+        variant, transformer = grown(family)
+        transformer.requires_grad_(False).to("meta")
+        add = partial(inject, family=family, spec=LoraSpec(rank=4, dropout=dropout), seed=0, device=torch.device("meta"))
+        tracer = Tracer(family, variant, transformer, add, torch.float32)
+        flops[dropout] = [tracer.step(shape_of(family, variant), WAYS[way]).backward.product_flops for way in ("checkpoints", "chunks")]
+    assert flops[0.0][0] == flops[0.5][0] >= flops[0.0][1] > 0
+    assert flops[0.5][1] > flops[0.0][1]
 
 
 def test_an_input_at_the_address_of_one_that_is_gone_is_another() -> None:

@@ -103,18 +103,23 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return parse_job(made.model_dump(mode="json") | {"base": base, "previews": spec})
 
 
-def test_on_smaller_and_smaller_cards_more_is_done(job: Job) -> None:
+@pytest.fixture(scope="module")
+def planner(job: Job) -> _Planner:
+    """For a card that has room for everything."""
     detection, device = detect(Checkpoint.open(job.base.transformer)), torch.device("cpu")
     samples = Samples.of(job, detection.family, detection.variant, Encoded.open(job.encoded), 1, device, torch.float32)
     ample = Machine("a card", "cuda", 80 * GIB, 80 * GIB, 64 * GIB, flops_rate=1e13, memory_rate=1e11, copy_rate=1e10)
     trace = JobTrace.of(job, detection, samples, ample, torch.float32)
     plan = choose(job, trace, ample)
+    return _Planner(job, detection, trace.tracer, trace.shape, plan, _Decoding.of(str(VAE), detection))
+
+
+def test_on_smaller_and_smaller_cards_more_is_done(planner: _Planner) -> None:
     size = (17, 480, 640)
-    planner = _Planner(job, detection, trace.tracer, trace.shape, plan, _Decoding.of(str(VAE), detection))
     found: list[PreviewPlan] = []
     while not found or (found[-1].fits and len(found) < 100):
-        card = replace(ample, free_bytes=int(0.85 ** len(found) * GIB))
-        found.append(replace(planner, plan=replace(plan, machine=card)).planned(size))
+        card = replace(planner.plan.machine, free_bytes=int(0.85 ** len(found) * GIB))
+        found.append(replace(planner, plan=replace(planner.plan, machine=card)).planned(size))
         assert not found[-1].fits or max(found[-1].sampling_bytes, found[-1].decoding_bytes or 0) < card.free_bytes
     fitting = found[:-1]
     order = [(True, None), (False, None), (False, 512), (False, 256), (False, 128)]
@@ -129,13 +134,22 @@ def test_on_smaller_and_smaller_cards_more_is_done(job: Job) -> None:
     )
     assert "fewer blocks stay on the card while they are sampled" in str(fitting[-1])
     assert f"they are decoded in tiles of {fitting[-1].tile_pixels} pixels" in str(fitting[-1])
-    last = plan_previews(job, detection, trace.tracer, trace.shape, replace(plan, machine=card))
+    last = plan_previews(planner.job, planner.detection, planner.tracer, planner.clips, replace(planner.plan, machine=card))
     assert last
     assert last.fitting
     assert last.fitting < last.size
     assert not last.sampled
     assert f"do not fit: it would take at the least {size_text(last.sampling_bytes)} to sample" in str(last)
     assert f"{last.fitting[0]} frames of {last.fitting[2]}x{last.fitting[1]} would fit. The run goes on" in str(last)
+
+
+def test_trained_weights_never_leave(planner: _Planner) -> None:
+    full = replace(planner, job=planner.job.model_copy(update={"method": "full"}))
+    for free_bytes in (GIB, GIB // 4, GIB // 16):
+        machine = replace(planner.plan.machine, free_bytes=free_bytes)
+        found = replace(full, plan=replace(planner.plan, machine=machine)).planned((17, 480, 640))
+        assert "leave the card" not in str(found)
+        assert "fewer blocks" not in str(found)
 
 
 def test_the_plan_says_it_and_refuses_nothing(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,6 +204,13 @@ def test_sampling_takes_blocks_from_the_device_and_gives_them_back(tmp_path: Pat
     assert reference.is_made_by(small, tmp_path)
 
 
+def test_nothing_is_tried_twice(tmp_path: Path) -> None:
+    """What left the device for sampling need not leave it for decoding."""
+    small, run = Device(lambda what, held, tile: held > small.blocks // 2 if what == "sample" else tile is None), new_run(tmp_path)
+    assert small.train(run) == "done"
+    assert [tile for what, _, tile in small.tried if what == "decode"] == [None, 4, 4], "in latents"
+
+
 @pytest.mark.parametrize(
     ("where", "told"),
     [

@@ -102,11 +102,9 @@ class _Later(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        sums = [torch.zeros_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
-        places = [tensor if place is None else place for tensor, place in zip(tensors, sums, strict=True)]
-        for part, *rest in reversed(list(ctx.chunks.parts([gradient, *tensors, *places]))):  # as autograd would
-            given, into = rest[: len(tensors)], rest[len(tensors) :]
-            inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=True)]
+        found: list[list[torch.Tensor]] = [[] for _ in tensors]
+        for part, *rest in reversed(list(ctx.chunks.parts([gradient, *tensors]))):  # as autograd would
+            inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(rest, needed, strict=True)]
             with torch.enable_grad():
                 output = ctx.stretch(*inputs)
             if not output.requires_grad:
@@ -114,10 +112,21 @@ class _Later(torch.autograd.Function):
             end = get_gradient_edge(output)
             del output  # nobody reads it here either
             torch.autograd.backward([end], [part])
-            for input, place in zip(inputs, into, strict=True):
-                if input.grad is not None:
-                    place.add_(input.grad)
-        return (None, None, None, *sums)
+            for gradients, input in zip(found, inputs, strict=True):
+                gradients += [] if input.grad is None else [input.grad]
+        return (None, None, None, *map(_whole, found, tensors))
+
+
+def _whole(gradients: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a tensor from those of its parts, the last part first; each part may have been all of it."""
+    if not gradients:
+        return None
+    if gradients[0].shape != tensor.shape:
+        return torch.cat(gradients[::-1], dim=1)
+    total, *others = gradients
+    for other in others:
+        total = total + other
+    return total
 
 
 def _plainly(stretch: Callable[..., Any], *tensors: torch.Tensor) -> Any:
@@ -141,6 +150,12 @@ class ChunkedForward:
         if type(block).__name__ != self.of or _arguments(type(block).forward)[1:] != _arguments(self.forward)[2:]:
             return False
         return all(_parts_of(block.get_submodule(name)) == set(parts) for name, parts in self.parts.items())
+
+
+def whole_only(blocks: Iterable[nn.Module], forwards: Iterable[ChunkedForward]) -> list[str]:
+    """The names of classes that no forward suits."""
+    forwards = tuple(forwards)
+    return sorted({type(block).__name__ for block in blocks if not any(forward.suits(block) for forward in forwards)})
 
 
 def in_chunks(blocks: Iterable[nn.Module], forwards: Iterable[ChunkedForward], count: int, random: bool = False) -> None:

@@ -264,16 +264,17 @@ def as_another_class(block: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("family_id", "kept", "share"),
-    [("wan", False, 0.9), ("wan", True, 0.7), ("ltx", True, 0.65), ("hunyuan", False, 0.7), ("mochi", False, 0.55)],
+    ("family_id", "kept", "shares"),
+    [("wan", False, [0.9]), ("wan", True, [0.7]), ("ltx", True, [0.65]), ("hunyuan", False, [0.65, 0.6]), ("mochi", False, [0.55])],
 )
-def test_parts_take_less_at_once(family_id: str, kept: bool, share: float) -> None:
+def test_parts_take_less_at_once(family_id: str, kept: bool, shares: list[float]) -> None:
     """Of forward and backward pass of one block in bf16, in eight parts. Half of Wan's is the text's, which is never cut."""
     family = families()[family_id]
     variant = next(variant for variant in family.variants if not kept or ((rule := family.first_frame(variant)) and not rule.always))
     config = {"num_attention_heads": 1, "ffn_dim": 512} if family_id == "wan" else {}
     transformer = trained(family, variant, config, torch.bfloat16)
-    for call in calls(family, variant, kept, transformer, torch.bfloat16, times_larger=4)[::2]:
+    given = calls(family, variant, kept, transformer, torch.bfloat16, times_larger=4)[::2]
+    for call, share in zip(given, shares, strict=True):
         peaks = []
         for run in (whole, cut(family, Chunks(8))):
             with LiveBytes() as count:
