@@ -1,6 +1,7 @@
 """One thread for each process: two processes of two threads on two cores are ten times slower, and sums depend on the number.
 
-With `-n 2` the tests with a real ComfyUI all run in one of the processes, so that they share one server.
+With `-n 2` the tests of a real ComfyUI's server and page all run in one process, so that they share them; those that call
+ComfyUI's code alone (`test_native_*`) run together, too, in whichever process is free.
 """
 
 from __future__ import annotations
@@ -21,6 +22,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class HostTestsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/host" if nodeid.startswith("tests/host/") else nodeid
+            return next((start for start in ("tests/host/test_native_", "tests/host/") if nodeid.startswith(start)), nodeid)
 
     return HostTestsTogether(config, log)
