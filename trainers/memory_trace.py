@@ -24,7 +24,7 @@ from .live_bytes import LiveBytes
 from .offload.activations import Arena
 from .offload.arrangement import Arrangement
 from .offload.blocks import Blocks
-from .offload.chunks import in_chunks
+from .offload.chunks import in_chunks, rest_at_ends
 from .offload.copies import HostCopies
 from .offload.layout import BlockLayout, frozen_linears
 from .offload.linear import FrozenLinear
@@ -206,6 +206,7 @@ class Tracer:
         blocks = tuple(BlockLayout.of(block).nbytes for block in modules)
         weights = sum(linear.out_features * linear.in_features for block in modules for linear in frozen_linears(block))
         inject(self._transformer)
+        rest_at_ends(self._transformer, modules, self._family.chunked)
         trained = list(_trained(self._transformer))
         frozen = sum(map(_bytes, _frozen(self._transformer)))
         adapters = sum("lora_A" in name for name, _ in self._transformer.named_parameters())

@@ -16,7 +16,7 @@ from .family import Family
 from .offload.activations import Arena
 from .offload.arrangement import Arrangement
 from .offload.blocks import Blocks
-from .offload.chunks import in_chunks
+from .offload.chunks import in_chunks, rest_at_ends
 from .offload.compiled import compiled
 from .offload.copies import copies_of
 from .offload.layout import BlockLayout, bind, frozen_linears
@@ -64,6 +64,7 @@ class Residency:
         self._layouts = [BlockLayout.of(block) for block in self._modules]
         self._others = list(_others(transformer, self._modules))
         in_chunks(self._modules, self._chunked, arrangement.chunks, random)
+        rest_at_ends(transformer, self._modules, self._chunked)
         self._blocks = Blocks(self._modules, random=random)
         if arrangement.compile:
             self._blocks.run_with([compiled(block) for block in self._modules])

@@ -9,6 +9,7 @@ import tiny_families
 import torch
 from adversary import Adversary
 from tiny_families import TINY, tiny_job_of
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainers import residency as residency_module
 from trainers.checkpoint import Checkpoint
@@ -88,6 +89,21 @@ def test_offloaded_gradients_are_resident_gradients_bit_for_bit(tmp_path, deeper
     found = gradients(training)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     residency.leave()
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=[variant.id for _, variant in VARIANTS])
+def test_what_a_block_ends_with_is_not_computed_again(tmp_path, monkeypatch, family, variant):
+    """The products alone: what is trained beside them is the same bits."""
+    found, flops = [], []
+    for where in ("as it is", "without"):
+        training = opened(tmp_path / where, family, variant, memory={"stream": "always"})
+        with FlopCounterMode(display=False) as counter:
+            found.append(gradients(training, steps=1))
+        flops.append(counter.get_total_flops())
+        monkeypatch.setattr("trainers.residency.rest_at_ends", lambda *given: None)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    ends = any(forward.ends for forward in family.chunked)
+    assert flops[0] < flops[1] if ends else flops[0] == flops[1]
 
 
 def test_every_step_copies_each_streamed_block_once_each_way(tmp_path, deeper):

@@ -143,9 +143,12 @@ _DOUBLE = {
 }
 _SINGLE = {"": ("attn", "norm", "proj_mlp", "act_mlp", "proj_out"), "norm": _ADAPTIVE}
 
+_DOUBLE_ENDS = {"ends": ("ff.net.2", "ff_context.net.2"), "ungated": ("attn", "ff", "ff_context")}
+_SINGLE_ENDS = {"ends": ("proj_out",), "ungated": ("attn", "proj_mlp", "proj_out")}
+
 CHUNKED = (
-    ChunkedForward("HunyuanVideoTransformerBlock", _DOUBLE, _double),
-    ChunkedForward("HunyuanVideoSingleTransformerBlock", _SINGLE, _single),
-    ChunkedForward("HunyuanVideoTokenReplaceTransformerBlock", _DOUBLE, _double_replacing),
-    ChunkedForward("HunyuanVideoTokenReplaceSingleTransformerBlock", _SINGLE, _single_replacing),
+    ChunkedForward("HunyuanVideoTransformerBlock", _DOUBLE, _double, **_DOUBLE_ENDS),
+    ChunkedForward("HunyuanVideoSingleTransformerBlock", _SINGLE, _single, **_SINGLE_ENDS),
+    ChunkedForward("HunyuanVideoTokenReplaceTransformerBlock", _DOUBLE, _double_replacing, **_DOUBLE_ENDS),
+    ChunkedForward("HunyuanVideoTokenReplaceSingleTransformerBlock", _SINGLE, _single_replacing, **_SINGLE_ENDS),
 )

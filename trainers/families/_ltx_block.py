@@ -56,4 +56,4 @@ def _rows(block: Any, times_BT6D: torch.Tensor, first: int, end: int) -> tuple[t
 
 _PARTS = {"": ("norm1", "attn1", "norm2", "attn2", "ff", "scale_shift_table")}
 
-CHUNKED = (ChunkedForward("LTXVideoTransformerBlock", _PARTS, _forward),)
+CHUNKED = (ChunkedForward("LTXVideoTransformerBlock", _PARTS, _forward, ends=("ff.net.2",), ungated=("attn1", "attn2", "ff")),)

@@ -55,4 +55,4 @@ def _rows(block: Any, times_BT6D: torch.Tensor, first: int, end: int) -> tuple[t
 
 _PARTS = {"": ("norm1", "attn1", "norm2", "attn2", "ffn", "norm3", "scale_shift_table")}
 
-CHUNKED = (ChunkedForward("WanTransformerBlock", _PARTS, _forward),)
+CHUNKED = (ChunkedForward("WanTransformerBlock", _PARTS, _forward, ends=("ffn.net.2",), ungated=("attn1", "attn2", "ffn")),)

@@ -17,8 +17,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from .activations import Arena
-from .chunks import outputs_unread
 from .stream import Stream, Way
+from .unread import outputs_unread
 
 _TENSOR = object()
 """Stands for a tensor among the arguments of a block."""

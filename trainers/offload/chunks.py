@@ -8,9 +8,7 @@ Shape suffixes: B batch, N tokens.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from inspect import Parameter, signature
@@ -22,22 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-_now = threading.local()
-
-
-@contextmanager
-def outputs_unread() -> Iterator[None]:
-    """Within it nobody reads what a block returns: it is computed once more for its gradients only."""
-    before = _outputs_unread()
-    _now.unread = True
-    try:
-        yield
-    finally:
-        _now.unread = before
-
-
-def _outputs_unread() -> bool:
-    return getattr(_now, "unread", False)
+from .linear import FrozenLinear
+from .unread import are_outputs_unread, outputs_unread
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,7 @@ class Chunks:
 
         Where outputs are not read it runs in the backward pass only; with dropout too before it, since draws follow each other.
         """
-        if torch.compiler.is_compiling() or self.random or not (torch.is_grad_enabled() and _outputs_unread()):
+        if self.random or not are_outputs_unread():
             found: torch.Tensor = self(stretch, *tensors)
             return found
         anchor = torch.zeros(0, requires_grad=True)
@@ -105,7 +89,7 @@ class _Later(torch.autograd.Function):
         found: list[list[torch.Tensor]] = [[] for _ in tensors]
         for part, *rest in reversed(list(ctx.chunks.parts([gradient, *tensors]))):  # as autograd would
             inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(rest, needed, strict=True)]
-            with torch.enable_grad():
+            with torch.enable_grad(), outputs_unread():
                 output = ctx.stretch(*inputs)
             if not output.requires_grad:
                 continue
@@ -139,11 +123,16 @@ class ChunkedForward:
 
     `of` is the class's name. `parts` are the names of all submodules and parameters of the block (under "") and of those
     submodules that `forward` looks into. `forward(block, chunks, ...)` takes what the class's own takes.
+
+    `ends` are the Linears whose product the class only scales by a gate and adds to what it returns; training of the parts
+    `ungated` trains no gate.
     """
 
     of: str
     parts: Mapping[str, Sequence[str]]
     forward: Callable[..., Any]
+    ends: Sequence[str] = ()
+    ungated: Sequence[str] = ()
 
     def suits(self, block: nn.Module) -> bool:
         """Whether the block is what this was written for: another release of its library may have changed the class."""
@@ -152,27 +141,48 @@ class ChunkedForward:
         return all(_parts_of(block.get_submodule(name)) == set(parts) for name, parts in self.parts.items())
 
 
-def whole_only(blocks: Iterable[nn.Module], forwards: Iterable[ChunkedForward]) -> list[str]:
+def whole_only(blocks: Iterable[nn.Module], forwards: Sequence[ChunkedForward]) -> list[str]:
     """The names of classes that no forward suits."""
-    forwards = tuple(forwards)
-    return sorted({type(block).__name__ for block in blocks if not any(forward.suits(block) for forward in forwards)})
+    return sorted({type(block).__name__ for block in blocks if _forward_of(block, forwards) is None})
 
 
-def in_chunks(blocks: Iterable[nn.Module], forwards: Iterable[ChunkedForward], count: int, random: bool = False) -> None:
+def in_chunks(blocks: Iterable[nn.Module], forwards: Sequence[ChunkedForward], count: int, random: bool = False) -> None:
     """Lets the blocks run in `count` chunks from now on; 1: whole, as they did. One that no forward suits stays as it is.
 
     The class of a block becomes a subclass of what it was: a function put on each instance would make a compiler take every
     block for code of its own. So the first call, whatever its count, must come before anything takes the block's `forward`.
     """
-    forwards = tuple(forwards)
     for module in blocks:
         block: Any = module
+        forward = _forward_of(block, forwards)
+        if forward is None:
+            continue
         if not hasattr(block, "chunks"):
-            forward = next((forward for forward in forwards if forward.suits(block)), None)
-            if forward is None:
-                continue
             block.__class__ = _chunked(type(block), forward)  # type: ignore[arg-type]  # a class can be hashed
         block.chunks = Chunks(count, random)
+
+
+def rest_at_ends(transformer: nn.Module, blocks: Sequence[nn.Module], forwards: Sequence[ChunkedForward]) -> None:
+    """Lets the Linears that blocks end with compute nothing where nobody reads what they give.
+
+    The gradient of a Linear's input needs no product. That of a gate does: nothing changes when anything is trained, here or
+    outside the blocks, that a gate may depend on.
+    """
+    known = [(block, forward) for block in blocks if (forward := _forward_of(block, forwards))]
+    ungated = {parameter for block, forward in known for name in forward.ungated for parameter in block.get_submodule(name).parameters()}
+    if any(parameter.requires_grad and parameter not in ungated for parameter in transformer.parameters()):
+        return
+    for block, forward in known:
+        for name in forward.ends:
+            linear = block.get_submodule(name)
+            linear = getattr(linear, "base_layer", linear)  # peft's layer holds it
+            if isinstance(linear, FrozenLinear):
+                linear.ends_block = True
+
+
+def _forward_of(block: nn.Module, forwards: Iterable[ChunkedForward]) -> ChunkedForward | None:
+    found: ChunkedForward | None = getattr(type(block), "chunked_forward", None)
+    return found or next((forward for forward in forwards if forward.suits(block)), None)
 
 
 @cache
@@ -184,7 +194,7 @@ def _chunked(kind: Any, chunked: ChunkedForward) -> type[nn.Module]:
             return whole(self, *args, **kwargs)
         return chunked.forward(self, self.chunks, *args, **kwargs)
 
-    return type(f"Chunked{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"Chunked{kind.__name__}", (kind,), {"forward": forward, "chunked_forward": chunked})
 
 
 def _arguments(function: Callable[..., Any]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .packing import AS_STORED, Packing, known
 from .product import FrozenProduct, define_operators, opaque_product
+from .unread import are_outputs_unread
 
 
 class FrozenLinear(nn.Linear):
@@ -25,6 +26,9 @@ class FrozenLinear(nn.Linear):
     beside the weight (scales) is no part of the state dict: a state dict holds what is stored, and is not the way to copy
     this module. An adapter must not take its dtype from `weight`: peft does, so its parameters must be made float32 afterwards.
     """
+
+    ends_block = False
+    """Whether nothing asks for the product when nobody reads what the block returns."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> None:
         """Takes the tensors as they are, without a copy; `scale` is float32, one number or (O, 1)."""
@@ -91,7 +95,8 @@ class FrozenLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(dtype)
         if torch.compiler.is_compiling():
             return opaque_product(input.to(dtype), self.operands(), bias, self._packing.name, (self.out_features, self.in_features))
-        output: torch.Tensor = FrozenProduct.apply(input.to(dtype), self.dense_weight, bias)  # type: ignore[no-untyped-call]
+        unread = self.out_features if self.ends_block and are_outputs_unread() else None
+        output: torch.Tensor = FrozenProduct.apply(input.to(dtype), self.dense_weight, bias, unread)  # type: ignore[no-untyped-call]
         return output
 
     def extra_repr(self) -> str:

@@ -30,17 +30,22 @@ Dense = Callable[[torch.dtype], torch.Tensor]
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T + b, whose only gradient is that of x. `dense(dtype)` gives W (O, I), of the moment, in either pass."""
+    """x W^T + b, whose only gradient is that of x. `dense(dtype)` gives W (O, I), of the moment, in either pass.
+
+    `unread` is O when nobody reads the product: then it is not computed, and not-a-number, so that a mistake shows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, dense: Dense, bias_O: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, input: torch.Tensor, dense: Dense, bias_O: torch.Tensor | None, unread: int | None = None) -> torch.Tensor:
         ctx.dense = dense
+        if unread is not None:
+            return input.new_full((*input.shape[:-1], unread), torch.nan)
         return functional.linear(input, dense(input.dtype), bias_O)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _input_gradient(gradient, ctx.dense(gradient.dtype)), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _input_gradient(gradient, ctx.dense(gradient.dtype)), None, None, None
 
 
 def _input_gradient(gradient: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,9 @@ from trainers.family import Family, Variant, families
 from trainers.job import LoraSpec
 from trainers.lora import inject
 from trainers.offload.arrangement import Arrangement
-from trainers.offload.chunks import Chunks, in_chunks, outputs_unread
+from trainers.offload.chunks import Chunks, in_chunks
 from trainers.offload.compiled import compiled
+from trainers.offload.unread import outputs_unread
 from trainers.residency import Residency, blocks_of
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import nn
 
 from trainers.offload.activations import Arena
 from trainers.offload.blocks import Blocks
-from trainers.offload.chunks import ChunkedForward, Chunks, in_chunks
+from trainers.offload.chunks import ChunkedForward, Chunks, in_chunks, rest_at_ends
 from trainers.offload.copies import HostCopies
 from trainers.offload.layout import BlockLayout
 from trainers.offload.linear import FrozenLinear
@@ -238,6 +238,57 @@ class Chunked(nn.Module):
     def _last(self, tokens):
         self.lengths.append(tokens.shape[1])
         return tokens + self.dropout(self.ff(tokens))
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.end = FrozenLinear(torch.randn(4, 4), torch.randn(4))
+        self.gate = nn.Parameter(torch.randn(4))
+
+    def forward(self, tokens):
+        return tokens + self.gate * self.end(torch.tanh(self.inner(tokens)))
+
+
+GATED = ChunkedForward("Gated", {"": ("inner", "end", "gate")}, lambda block, chunks, tokens: None, ("end",), ("inner", "end"))
+
+
+@pytest.mark.parametrize("trained", ["inner.weight", "gate"])
+def test_a_product_that_nobody_reads_is_not_computed_unless_a_gate_is_trained(trained):
+    block, tokens = Gated(), torch.randn(1, 5, 4)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name == trained)
+    rest_at_ends(block, [block], [GATED])
+    parameter = block.get_parameter(trained)
+    (wanted,) = torch.autograd.grad(block(tokens).square().sum(), parameter)
+    computed = []
+    block.end.register_forward_hook(lambda _m, _i, product: computed.append(product.isfinite().all().item()))
+    (wrapped,) = Blocks([block]).modules
+    wrapped(tokens).square().sum().backward()
+    assert torch.equal(parameter.grad, wanted)
+    assert computed == [True, trained == "gate"]
+
+
+def test_with_something_trained_outside_the_blocks_every_product_is_computed():
+    """The time embedding may make gates."""
+    model = nn.ModuleList([Gated(), nn.Linear(2, 2)])
+    model[0].gate.requires_grad_(False)
+    rest_at_ends(model, [model[0]], [GATED])
+    assert not model[0].end.ends_block
+    model[1].requires_grad_(False)
+    rest_at_ends(model, [model[0]], [GATED])
+    assert model[0].end.ends_block
+
+
+def test_a_gate_that_is_trained_in_spite_of_all_is_not_a_number():
+    """Rather than wrong."""
+    block = Gated()
+    block.end.ends_block = True
+    (wrapped,) = Blocks([block]).modules
+    wrapped(torch.randn(1, 5, 4)).sum().backward()
+    assert block.gate.grad.isnan().all()
+    assert block.inner.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("tokens", "lengths"), [(12, [3, 3, 3, 3]), (9, [3, 3, 3]), (3, [3])])
