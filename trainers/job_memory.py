@@ -81,13 +81,13 @@ def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: M
     streams = machine.device == "cuda" and method.can_stream
     keep_stored = None if streams else False
     transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams, quantise=job.memory.quantise)
-    _check_chunks(job, transformer, detection.family)
+    check_chunks(job, transformer, detection.family)
     add = partial(method.inject, device=_META)
     return Tracer(detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation)
 
 
-def _check_chunks(job: Job, transformer: nn.Module, family: Family) -> None:
-    """The plan leaves parts out where blocks have none; who asks for them is told."""
+def check_chunks(job: Job, transformer: nn.Module, family: Family) -> None:
+    """Raises JobError when the job asks for parts that its blocks do not have; a plan leaves them out there."""
     if (job.memory.chunks or 1) > 1 and (kinds := whole_only(blocks_of(transformer, family), family.chunked)):
         value = f"memory.chunks is {job.memory.chunks}"
         rule = f"{listed(kinds)} of diffusers {version('diffusers')} is not what was written in parts"

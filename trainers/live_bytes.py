@@ -88,7 +88,7 @@ class _Answers:
         given = list(_tensors((args, kwargs)))
         if not given or not all(tensor.is_meta for tensor in given) or not _makes_only_new(func):
             return func(*args, **kwargs)
-        form = (func, _form(args), _form(tuple(kwargs.items())))
+        form = (func, torch.get_default_dtype(), _form(args), _form(tuple(kwargs.items())))
         if form not in self._known:
             output = func(*args, **kwargs)
             if not _is_new(output, given):
@@ -109,9 +109,9 @@ def _makes_only_new(func: Any) -> bool:
 
 
 def _is_new(output: Any, given: list[torch.Tensor]) -> bool:
-    """Whether an output is tensors, none of which shares memory with what was given (some operators do not say that they give views)."""
+    """Whether an output is meta tensors, none of which shares memory with what was given (not all operators say that they give views)."""
     made = [output] if isinstance(output, torch.Tensor) else output
-    if not isinstance(made, tuple | list) or not all(isinstance(tensor, torch.Tensor) for tensor in made):
+    if not isinstance(made, tuple | list) or not all(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in made):
         return False
     storages = [tensor.untyped_storage()._cdata for tensor in (*made, *given)]
     return len(set(storages[: len(made)])) == len(made) and not set(storages[: len(made)]) & set(storages[len(made) :])

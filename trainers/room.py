@@ -157,7 +157,8 @@ def probe(training: Training, budget_bytes: int | None = None, meter: Meter | No
     _drop_gradients(training)
     peak = meter.peak_bytes() + unmade_bytes(training)
     if budget_bytes is not None and (corrected := _corrected(training, budget_bytes, peak)):
-        training.rearrange(corrected)
+        waiting = [corrected]  # tried once: if the device is full then, what makes room takes its place
+        with_room(training, lambda: training.rearrange(waiting.pop()) if waiting else None)
     limit = f" of {budget_bytes / _GIB:.1f}" if budget_bytes is not None else ""
     training.run.event("memory", step=training.step, message=f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}")
 

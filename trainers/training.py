@@ -17,7 +17,7 @@ from .device import DTYPES, pick_device, pick_precision
 from .experts import Expert, Turn, expert_at, experts_of, turn_of
 from .family import Detection, Family, Variant, detect
 from .job import Job
-from .job_memory import plan_memory
+from .job_memory import check_chunks, plan_memory
 from .load import load_transformer
 from .memory_plan import MemoryPlan
 from .method import Method, method_of
@@ -204,6 +204,7 @@ def _learner(
     transformer: Any = load_transformer(
         checkpoint, detection, device, dtype, keep_stored, resident=False, all_frozen=can_stream, quantise=how
     )
+    check_chunks(job, transformer, detection.family)
     use_attention(transformer, job.speed.attention)
     parameters = method.inject(transformer, device) if expert.trained else []
     residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0, arena=arena)

@@ -65,9 +65,10 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=2000)
     parser.add_argument("--bound-mib", type=float, default=4.0)
     options = parser.parse_args()
+    if (options.steps - options.warm_up) // options.every < 10:
+        parser.error("a trend needs ten readings after the warm-up: take more --steps, or a smaller --every")
     started = time.perf_counter()
     after = [reading for reading in readings(options.steps, options.every) if reading[0] > options.warm_up]
-    assert len(after) >= 10, "take more steps: a trend needs ten readings"
     growth = [trend([(reading[0], reading[of]) for reading in after]) * (options.steps - options.warm_up) for of in (1, 2)]
     found = {"growth_resident_mib": growth[0], "growth_own_mib": growth[1], "bound_mib": options.bound_mib}
     print(json.dumps(found | {"seconds": time.perf_counter() - started, "torch": torch.__version__}))

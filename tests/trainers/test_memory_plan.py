@@ -24,6 +24,8 @@ from trainers.memory_report import as_values, reasons, report
 from trainers.memory_trace import ModelBytes, StepShape, StepTrace, Work
 from trainers.offload.arrangement import Arrangement
 from trainers.plan import make_plan
+from trainers.run import Run
+from trainers.training import open_training
 
 SHAPE = StepShape((16, 8, 64, 64), 1, 256, 4096)
 MODEL = ModelBytes((GIB // 2,) * 40, 10 * GIB, GIB // 2, 400, 100_000_000, 400_000_000)
@@ -257,6 +259,8 @@ def test_parts_that_a_block_does_not_have_are_told(tmp_path: Path, monkeypatch: 
     with pytest.raises(JobError, match=r"memory.chunks is 4; WanTransformerBlock of diffusers .* Leave memory.chunks out"):
         make_plan(asked, machine)
     assert make_plan(asked.model_copy(update={"memory": MemorySpec()}), machine).memory
+    with pytest.raises(JobError, match=r"memory.chunks is 4"):
+        open_training(Run.create(asked))  # without a card, which has no plan
 
 
 def test_both_experts_count(tmp_path: Path) -> None:

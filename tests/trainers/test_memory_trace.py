@@ -185,14 +185,21 @@ def test_views_and_writes_are_run_each_time() -> None:
 
 
 def test_an_answer_has_the_dtype_and_strides_of_the_operator_s() -> None:
+    before = torch.get_default_dtype()
     with LiveBytes("meta"):
-        for _ in range(2):
-            rows = torch.empty(4, 6, device="meta").t()
+        for default in (before, before, torch.float64):
+            torch.set_default_dtype(default)
+            rows = torch.empty(4, 6, device="meta", dtype=torch.float32).t()
             assert (rows * 2).stride() == rows.stride() == (1, 6)
             assert (rows * rows.to(torch.float64)).dtype == torch.float64
             assert (rows > True).dtype == torch.bool
+            flags = rows > 1
+            assert [(flags * value).dtype for value in (True, 1, 1.0)] == [torch.bool, torch.int64, default]
+            assert rows.new_zeros(4, device="cpu").device.type == "cpu"
+            assert (flags / 2).dtype == torch.get_default_dtype()
             assert torch.full_like(rows, 1.0, dtype=torch.int8).dtype == torch.int8
             assert torch.native_layer_norm(rows, [4], None, None, 1e-6)[1].shape == (6, 1)
+    torch.set_default_dtype(before)
 
 
 def test_a_card_s_norm_takes_its_output_alone() -> None:

@@ -145,11 +145,17 @@ def test_on_smaller_and_smaller_cards_more_is_done(planner: _Planner) -> None:
 
 def test_trained_weights_never_leave(planner: _Planner) -> None:
     full = replace(planner, job=planner.job.model_copy(update={"method": "full"}))
-    for free_bytes in (GIB, GIB // 4, GIB // 16):
+    weights, fits = planner.plan.price.weights_bytes, []
+    for free_bytes in (GIB, GIB // 2, GIB // 4, GIB // 8, GIB // 16):
         machine = replace(planner.plan.machine, free_bytes=free_bytes)
         found = replace(full, plan=replace(planner.plan, machine=machine)).planned((17, 480, 640))
+        assert not found.fewer_blocks
+        assert found.beside
+        assert found.sampling_bytes > weights
         assert "leave the card" not in str(found)
-        assert "fewer blocks" not in str(found)
+        fits.append((found.sampled, found.decoded))
+    assert fits[0] == (True, True)
+    assert fits[-1] == (False, False)
 
 
 def test_the_plan_says_it_and_refuses_nothing(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from trainers.job import MemorySpec
 from trainers.job_memory import plan_memory
 from trainers.machine import GIB, Machine
 from trainers.offload.placement import place
+from trainers.residency import Residency
 from trainers.room import Meter, is_out_of_memory, largest, probe, with_room
 from trainers.run import Run
 from trainers.trainer import train
@@ -293,6 +294,30 @@ def test_a_run_is_kept_as_it_is_planned(wan_run, monkeypatch):
     assert "GiB are planned." in told[0]
     assert "blocks" in told[0]
     assert "the largest sample takes" in told[1]
+
+
+def test_a_correction_for_which_there_is_no_room_is_not_the_end(wan_run, monkeypatch):
+    """The probe finds that more would fit; while it comes the device is full."""
+    run = wan_run("corrected")
+    training = open_training(run)
+    training.take_turn()
+    residency, entered = training.learners[0].residency, Residency.enter
+    roomier = dataclasses.replace(residency.arrangement, weights_bytes=None, activations="host")
+
+    def enter(self):
+        entered(self)
+        if not self.placement.streamed:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Residency, "enter", enter)
+    monkeypatch.setattr(room, "_corrected", lambda *given: roomier)
+    probe(training, budget_bytes=GIB, meter=Meter(lambda: None, lambda: 0))
+    assert 0 < len(residency.placement.streamed) < len(residency.block_bytes)
+    messages = [event["message"] for event in run.read_events() if event["event"] == "memory"]
+    assert "the device was full at step 0" in messages[-2]
+    assert "the largest sample takes" in messages[-1]
+    training.step = 1
+    trainer.optimize(training)
 
 
 @pytest.mark.parametrize("free_bytes", [20 * 2**20])

@@ -9,6 +9,7 @@ Shape suffixes: B batch, N tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from inspect import Parameter, signature
@@ -26,10 +27,11 @@ from .unread import are_outputs_unread, outputs_unread
 
 @dataclass(frozen=True)
 class Chunks:
-    """In how many parts a stretch is computed. `random`: it draws dropout, whose draws are repeated."""
+    """In how many parts a stretch is computed. `random`: it draws dropout, whose draws are repeated. `trained`: what may get gradients."""
 
     count: int
     random: bool = False
+    trained: tuple[nn.Parameter, ...] = ()
 
     def __call__(self, stretch: Callable[..., Any], *tensors: torch.Tensor) -> Any:
         """`stretch(*tensors)`, a tensor or several; each tensor is (B, N, ...), or (B, 1, ...) for what is the same for all tokens.
@@ -48,8 +50,7 @@ class Chunks:
         if self.random or not are_outputs_unread():
             found: torch.Tensor = self(stretch, *tensors)
             return found
-        anchor = torch.zeros(0, requires_grad=True)
-        unread: torch.Tensor = _Later.apply(self, stretch, anchor, *tensors)  # type: ignore[no-untyped-call]
+        unread: torch.Tensor = _Later.apply(self, stretch, *tensors, *self.trained)  # type: ignore[no-untyped-call]
         return unread
 
     def linear(self, stretch: Callable[..., Any], *tensors: torch.Tensor) -> Any:
@@ -75,30 +76,48 @@ class _Later(torch.autograd.Function):
     """A stretch that nobody reads: memory without values, and in the backward pass part after part and its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, chunks: Chunks, stretch: Callable[..., torch.Tensor], anchor: torch.Tensor, *tensors: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, chunks: Chunks, stretch: Callable[..., torch.Tensor], *given: torch.Tensor) -> torch.Tensor:
+        """`given` are the tensors of the stretch, and after them what is trained."""
         ctx.chunks, ctx.stretch = chunks, stretch
-        ctx.save_for_backward(*tensors)
-        return torch.empty_like(tensors[0])
+        ctx.save_for_backward(*given[: len(given) - len(chunks.trained)])
+        return torch.empty_like(given[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        tensors, trained = ctx.saved_tensors, ctx.chunks.trained
+        needed = ctx.needs_input_grad[2 : 2 + len(tensors)]
         found: list[list[torch.Tensor]] = [[] for _ in tensors]
-        for part, *rest in reversed(list(ctx.chunks.parts([gradient, *tensors]))):  # as autograd would
-            inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(rest, needed, strict=True)]
-            with torch.enable_grad(), outputs_unread():
-                output = ctx.stretch(*inputs)
-            if not output.requires_grad:
-                continue
-            end = get_gradient_edge(output)
-            del output  # nobody reads it here either
-            torch.autograd.backward([end], [part])
-            for gradients, input in zip(found, inputs, strict=True):
-                gradients += [] if input.grad is None else [input.grad]
-        return (None, None, None, *map(_whole, found, tensors))
+        with _gradients_of(trained) as of_trained:
+            for part, *rest in reversed(list(ctx.chunks.parts([gradient, *tensors]))):  # as autograd would
+                inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(rest, needed, strict=True)]
+                with torch.enable_grad(), outputs_unread():
+                    output = ctx.stretch(*inputs)
+                if not output.requires_grad:
+                    continue
+                end = get_gradient_edge(output)
+                del output  # nobody reads it here either
+                torch.autograd.backward([end], [part])
+                for gradients, input in zip(found, inputs, strict=True):
+                    gradients += [] if input.grad is None else [input.grad]
+        return (None, None, *map(_whole, found, tensors), *of_trained)
+
+
+@contextmanager
+def _gradients_of(parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor | None]]:
+    """Filled at its end with the gradients that came within it; those of earlier passes are left as they were.
+
+    Added to them part by part, small gradients in bf16 would be rounded away.
+    """
+    earlier, found = [parameter.grad for parameter in parameters], list[torch.Tensor | None]()
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield found
+    finally:
+        found += [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
 
 
 def _whole(gradients: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor | None:
@@ -159,7 +178,7 @@ def in_chunks(blocks: Iterable[nn.Module], forwards: Sequence[ChunkedForward], c
             continue
         if not hasattr(block, "chunks"):
             block.__class__ = _chunked(type(block), forward)  # type: ignore[arg-type]  # a class can be hashed
-        block.chunks = Chunks(count, random)
+        block.chunks = Chunks(count, random, tuple(parameter for parameter in block.parameters() if parameter.requires_grad))
 
 
 def rest_at_ends(transformer: nn.Module, blocks: Sequence[nn.Module], forwards: Sequence[ChunkedForward]) -> None:

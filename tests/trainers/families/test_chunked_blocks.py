@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -74,16 +75,17 @@ def calls(family: Family, variant: Variant, kept: bool, transformer: nn.Module, 
     return given
 
 
-def answers(run: Callable[..., Any], call: Call) -> list[torch.Tensor]:
-    """The outputs of a block, and the gradients of its first two inputs and of its LoRA."""
+ACTIVATIONS = ("hidden_states", "encoder_hidden_states")
+ALL_INPUTS = (*ACTIVATIONS, "temb", "token_replace_emb")
+
+
+def answers(run: Callable[..., Any], call: Call, inputs: Sequence[str] = ACTIVATIONS, passes: int = 1) -> list[torch.Tensor]:
+    """The outputs of a block, and the gradients of inputs (of the first pass) and of what is trained (of all passes)."""
     block, args, kwargs = call
-    named = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
-    leaves = [named[name].clone().requires_grad_() for name in ("hidden_states", "encoder_hidden_states")]
-    if args:
-        args = (*leaves, *args[2:])
-    else:
-        kwargs = kwargs | dict(zip(("hidden_states", "encoder_hidden_states"), leaves, strict=True))
-    found = run(block, *args, **kwargs)
+    names = [name for name in signature(type(block).forward).parameters if name != "self"]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    leaves = {name: given[name].clone().requires_grad_() for name in inputs if given.get(name) is not None}
+    found = run(block, **given | leaves)
     outputs = [found] if isinstance(found, torch.Tensor) else list(found)
     chance = torch.Generator().manual_seed(2)
     weights = [torch.randn(output.shape, generator=chance).to(output.dtype) for output in outputs]
@@ -91,7 +93,11 @@ def answers(run: Callable[..., Any], call: Call) -> list[torch.Tensor]:
     for parameter in parameters:
         parameter.grad = None
     torch.autograd.backward(outputs, weights)
-    return [*outputs, *(leaf.grad for leaf in (*leaves, *parameters) if leaf.grad is not None)]
+    of_inputs = [leaf.grad.clone() for leaf in leaves.values() if leaf.grad is not None]
+    for _ in range(passes - 1):
+        again = run(block, **given | leaves)
+        torch.autograd.backward([again] if isinstance(again, torch.Tensor) else list(again), weights)
+    return [*outputs, *of_inputs, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
 
 
 def whole(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -114,8 +120,11 @@ def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
 def test_values_and_gradients_are_those_of_diffusers(family: Family, variant: Variant, kept: bool, config: dict[str, Any]) -> None:
     transformer = trained(family, variant, config, torch.float64)
     for call in calls(family, variant, kept, transformer, torch.float64):
-        found, wanted = answers(cut(family, Chunks(4)), call), answers(whole, call)
+        found, wanted = (answers(run, call) for run in (cut(family, Chunks(4)), whole))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        call[0].requires_grad_(True)
+        found, wanted = (answers(run, call, ALL_INPUTS) for run in (cut(family, Chunks(4)), whole))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # of times, too, which Wan and Mochi take in float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -163,17 +172,23 @@ def test_dropout_draws_the_same_twice(family: Family, variant: Variant, kept: bo
 
 @of_every_case
 def test_the_last_stretch_waits_for_its_gradient(family: Family, variant: Variant, kept: bool, config: dict[str, Any]) -> None:
-    """Where a block runs for its gradients only: they are what they are when the stretch is computed before them, too."""
-    transformer = trained(family, variant, config, torch.float32)
-    run = cut(family, Chunks(4))
-    for call in calls(family, variant, kept, transformer, torch.float32):
-        wanted, forward = answers(run, call), products(run, call)
+    """Where a block runs for its gradients only: they are what they are when the stretch is computed before them, too.
+
+    In bf16 and with everything trained: gradients of small parts, each added to those of an earlier pass, would be rounded away.
+    """
+    sums_differ = family.id == "hunyuan"  # its single blocks' weights are those of the text, too, whose gradient comes first or last
+    dtype = torch.float32 if sums_differ else torch.bfloat16
+    transformer = trained(family, variant, config, dtype).to(dtype)
+    for call in calls(family, variant, kept, transformer, dtype):
+        run = cut(family, Chunks(4, trained=tuple(call[0].requires_grad_(True).parameters())))
+        wanted, forward = answers(run, call, ALL_INPUTS, passes=3), products(run, call)
         with outputs_unread():
-            found, shorter = answers(run, call), products(run, call)
+            found, shorter = answers(run, call, ALL_INPUTS, passes=3), products(run, call)
         outputs = 1 if isinstance(whole(call[0], *call[1], **call[2]), torch.Tensor) else 2
         for ours, theirs in zip(found[:outputs], wanted[:outputs], strict=True):
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        assert same(found[outputs:], wanted[outputs:])
+        for ours, theirs in zip(found[outputs:], wanted[outputs:], strict=True):
+            assert (ours - theirs).norm() <= 1e-6 * theirs.norm() if sums_differ else torch.equal(ours, theirs)
         assert shorter < forward
 
 

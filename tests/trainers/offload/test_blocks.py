@@ -230,7 +230,7 @@ class Chunked(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.ff, self.dropout = nn.Linear(4, 4), nn.Dropout(dropout)
-        self.chunks, self.lengths = Chunks(3, random=dropout > 0), []
+        self.chunks, self.lengths = Chunks(3, dropout > 0, tuple(self.ff.parameters())), []
 
     def forward(self, tokens):
         return self.chunks.last(self._last, self.chunks(torch.tanh, tokens))
