@@ -6,12 +6,15 @@ PYTHON = python3
 OUT = build/demo
 VENV = .venv
 LOWEST = .venv-lowest
+# On the simulated GPU (tests/simulated_gpu/README.md), which has to be there before torch is imported.
+GPU_TESTS = PYTHONPATH=tests $(VENV)/bin/python -m pytest -p simulated_gpu.plugin tests/simulated_gpu
 
 test: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2
+	$(GPU_TESTS) -n 2
 
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python -m pytest -n 2

@@ -7,12 +7,17 @@ ComfyUI's code alone (`test_native_*`) run together, too, in whichever process i
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported, here and in the processes that tests start
     os.environ.setdefault(name, "1")
+
+
+collect_ignore = [] if "simulated_gpu.plugin" in sys.modules else ["simulated_gpu"]
+"""Tests on the simulated GPU need a process of their own: it must be there before torch is imported (`make test` starts it)."""
 
 
 @pytest.hookimpl(optionalhook=True)

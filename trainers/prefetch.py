@@ -10,10 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-
 from .batches import Batch, Samples
 from .data.order import MicroBatch
+from .offload.copies import use_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Batches:
         """`sigmas_at` says between which noise levels a step trains."""
         self._samples, self._sigmas_at = samples, sigmas_at
         self._first, self._stride = process_index, num_processes
-        self._thread = ThreadPoolExecutor(1, "batches", initializer=_use, initargs=(samples.device,))
+        self._thread = ThreadPoolExecutor(1, "batches", initializer=use_device, initargs=(samples.device,))
         self._ahead: tuple[MicroStep, Future[Batch]] | None = None
 
     def of_step(self, step: int) -> list[MicroStep]:
@@ -64,9 +63,3 @@ class Batches:
             if following.index > last.index:
                 return following
         return self.of_step(last.step + 1)[0] if last.step < self._samples.total_steps else None
-
-
-def _use(device: torch.device) -> None:
-    """Lets this thread speak of the run's card, where it would otherwise make itself known to the first one."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)

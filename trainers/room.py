@@ -177,6 +177,8 @@ def _corrected(training: Training, budget_bytes: int, peak_bytes: int) -> Arrang
     free = int(budget_bytes * (1 - _MARGIN)) - peak_bytes
     if not training.method.can_stream or not sum(block_bytes) or not arrangement.checkpointing:
         return None
+    if training.job.memory.stream == "always":
+        return None
     if arrangement.weights_bytes is None and peak_bytes <= budget_bytes:
         return None
     if -min(block_bytes) < free < max(block_bytes):

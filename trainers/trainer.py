@@ -28,7 +28,7 @@ def train(run: Run) -> Outcome:
     Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can mend.
     """
     training = open_training(run)
-    with closing(training.batches):
+    with closing(training):
         return _train(training)
 
 

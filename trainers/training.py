@@ -67,7 +67,9 @@ class Training:
     batches: Batches
     total_steps: int
     device: torch.device
+    """With an index where it is CUDA; `accelerator.device` has none."""
     dtype: torch.dtype
+    arena: Arena
     plan: MemoryPlan | None = None
     """What was planned of the card's memory; None: there is no card."""
     step: int = 0
@@ -107,6 +109,12 @@ class Training:
             self.resident.residency.leave()
             self.resident = None
 
+    def close(self) -> None:
+        """Ends the batch thread and gives back the device's memory and all pinned memory."""
+        self.batches.close()
+        self.make_way()
+        self.arena.close()
+
     def _make_resident(self, learner: Learner) -> None:
         if self.resident is learner:
             return
@@ -135,13 +143,11 @@ def open_training(run: Run) -> Training:
     method = method_of(job, base, detection)
     experts = experts_of(job, detection.variant)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
-    samples = Samples.of(
-        job, detection.family, detection.variant, encoded, accelerator.num_processes, accelerator.device, DTYPES[precision]
-    )
+    samples = Samples.of(job, detection.family, detection.variant, encoded, accelerator.num_processes, device, DTYPES[precision])
     plan = _planned(job, detection, samples)
     arrangement = plan.arrangement if plan else arrangement_of(job)
-    arena = arena_for(accelerator.device)
-    learners = tuple(_learner(expert, job, method, accelerator, DTYPES[precision], arrangement, arena) for expert in experts)
+    arena = arena_for(device)
+    learners = tuple(_learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, arena) for expert in experts)
     training = Training(
         run=run,
         job=job,
@@ -154,8 +160,9 @@ def open_training(run: Run) -> Training:
         samples=samples,
         batches=Batches(samples, _sigmas_at(job, learners, samples.total_steps), accelerator.process_index, accelerator.num_processes),
         total_steps=samples.total_steps,
-        device=accelerator.device,
+        device=device,
         dtype=DTYPES[precision],
+        arena=arena,
         plan=plan,
     )
     _restore(training)
@@ -193,12 +200,18 @@ def _sigmas_at(job: Job, learners: Sequence[Learner], total_steps: int) -> Calla
 
 
 def _learner(
-    expert: Expert, job: Job, method: Method, accelerator: Accelerator, dtype: torch.dtype, arrangement: Arrangement, arena: Arena
+    expert: Expert,
+    job: Job,
+    method: Method,
+    accelerator: Accelerator,
+    device: torch.device,
+    dtype: torch.dtype,
+    arrangement: Arrangement,
+    arena: Arena,
 ) -> Learner:
     """An expert with what is trained of it and its optimizer. It waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
     detection = detect(checkpoint, job.base.variant)
-    device = accelerator.device
     can_stream = method.can_stream and (device.type != "cpu" or arrangement.weights_bytes is not None)
     how, keep_stored = job.memory.quantise, method.keep_stored
     transformer: Any = load_transformer(

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from .copies import Copies
+from .copies import Copies, use_device
 from .layout import BlockLayout
 from .pinned import Buffer, buffers, tell
 
@@ -86,7 +86,7 @@ class MappedMaster:
         largest = max((layout.nbytes for layout in layouts.values()), default=0)
         count = STAGING_BUFFERS if STAGING_BUFFERS * largest <= STAGING_LIMIT_BYTES else 1
         self._free: deque[tuple[Buffer, Any]] = deque((buffer, None) for buffer in buffers(largest, count, device))
-        self._thread = ThreadPoolExecutor(1, "video-trainer-weights")
+        self._thread = ThreadPoolExecutor(1, "video-trainer-weights", initializer=use_device, initargs=(device,))
         self.private_bytes = count * largest
 
     def send(self, block: int, target: torch.Tensor, after: Any) -> Callable[[], Any]:

@@ -35,8 +35,9 @@ class Stream:
     ) -> None:
         """Takes the device's memory for the slots, and the host's for the master."""
         self._layouts, self._placement, self._copies = layouts, placement, copies
-        self._master = master_of(host, layouts, placement.streamed, copies, device)
+        # Slots first: when the GPU is full, that is known before gigabytes of host memory are copied and pinned.
         self._slots = [torch.empty(placement.slot_bytes, dtype=torch.uint8, device=device) for _ in range(placement.slots)]
+        self._master = master_of(host, layouts, placement.streamed, copies, device)
         self._holds: list[int | None] = [None] * placement.slots
         self._arrival: list[Callable[[], Any]] = [lambda: None] * placement.slots
         self._in_use: int | None = None

@@ -1,0 +1,50 @@
+"""For `pytest -p simulated_gpu.plugin`: inserts the GPU before any test imports torch. Every test must leave no race.
+
+Without a compiler the tests are skipped in one line; where CI is set, that is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from . import gpu
+from .build import CannotBuildError
+
+_reason = ""
+try:
+    gpu.insert()
+except CannotBuildError as error:
+    _reason = str(error)
+
+
+def pytest_configure() -> None:
+    if _reason and os.environ.get("CI"):
+        raise pytest.UsageError(_reason)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if _reason else []:
+        item.add_marker(pytest.mark.skip(reason=_reason))
+
+
+@pytest.fixture(autouse=True)
+def no_race(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test that left an unordered access. Rates are stated: measuring them takes a CPU seconds."""
+    from trainers import machine
+    from trainers.offload.layout import BlockLayout
+
+    for name, rate in (("_flops_rate", 1e13), ("_memory_rate", 1e11), ("_copy_rate", 1e10)):
+        monkeypatch.setattr(machine, name, lambda *_, rate=rate: rate)
+    write = BlockLayout.write
+
+    def seen_write(layout: BlockLayout, run: object) -> None:  # the host writes by itself: only here can it be seen
+        gpu.module.host_access(run, True, "BlockLayout.write")
+        write(layout, run)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BlockLayout, "write", seen_write)
+    gpu.reset()
+    yield
+    assert not (races := gpu.report().races), "\n".join(dict.fromkeys(races))
