@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -18,13 +19,16 @@ from .data.order import MicroBatch
 from .errors import RunError
 from .family import IMAGE_TEXT
 from .flow import derived_seed
+from .job import Job
 from .job_memory import largest_size
+from .lora_keys import listed
 from .memory_plan import OPTIMIZER_BYTES
 from .memory_report import reasons
 from .offload.arrangement import Arrangement
 from .offload.placement import place
 from .predict import batch_loss
 from .residency import tighter
+from .shortage import GOOD_STEPS
 
 if TYPE_CHECKING:
     from .data.cache import Cache
@@ -80,17 +84,76 @@ def until_it_fits(work: Callable[[], Result], make_room: Callable[[], None]) -> 
 
 def _make_room(training: Training) -> None:
     _drop_gradients(training)
-    learner = training.learners[0]
-    arrangement = tighter(learner.residency.arrangement, learner.residency.block_bytes, training.method.can_stream)
+    residency, shortages, step = training.learners[0].residency, training.shortages, training.step
+    arrangement = shortages.less(
+        residency.arrangement, lambda now: tighter(now, residency.block_bytes, training.method.can_stream, kept_by(training.job)), step
+    )
     if arrangement is None:
         raise RunError(
-            f"the device has no memory for step {training.step}, and nothing is left that could wait elsewhere. "
+            f"the device has no memory for step {step}, and nothing is left that could wait elsewhere. "
             f"The checkpoints are kept; use smaller or shorter clips, a smaller batch_size, memory.quantise, or a larger card."
         )
     training.rearrange(arrangement)
-    training.run.event(
-        "memory", step=training.step, message=f"the device was full at step {training.step}: {told(training)}; the step is done again"
-    )
+    again = f"What was used before is tried again in {GOOD_STEPS} steps" if shortages.will_go_back else "It stays so"
+    message = ". ".join([f"the device was full at step {step}: {told(training)}; the step is done again", *_not_kept(training), again])
+    training.run.event("memory", step=step, message=message)
+
+
+def go_back(training: Training) -> None:
+    """Between two steps: tries again what was used before the GPU was full, with the largest sample, when it is time."""
+    since, now = training.shortages.step, training.learners[0].residency.arrangement
+    before = training.shortages.again(now, training.step)
+    if before is None:
+        return
+    waiting = [before]  # when the GPU is full again, what makes room takes its place
+
+    def attempt() -> None:
+        if waiting:
+            training.rearrange(waiting.pop())
+        _run_largest(training)
+
+    with_room(training, attempt)
+    _drop_gradients(training)
+    if training.learners[0].residency.arrangement == before:
+        cost = _seconds_lost(training, since)
+        training.run.event("memory", step=training.step, message=f"as before step {since}, {told(training)} again{cost}")
+
+
+def _seconds_lost(training: Training, since: int) -> str:
+    """What a step took before and after `since`, in words; nothing where no step was measured."""
+    seconds = {line["step"]: line["seconds"] for line in training.run.read_metrics()}
+    less = [taken for step, taken in seconds.items() if step > since]
+    before = [taken for step, taken in seconds.items() if since - GOOD_STEPS <= step < since]
+    if not (less and before):
+        return ""
+    return f"; with less on the GPU a step took {median(less):.3g} s, before {median(before):.3g} s"
+
+
+def kept_by(job: Job) -> frozenset[str]:
+    """The fields of an arrangement about which the job says something: they are given up last."""
+    memory = job.memory
+    said = {
+        "checkpointing": not job.gradient_checkpointing,
+        "activations": memory.activations != "auto",
+        "weights_bytes": memory.stream == "never",
+        "chunks": memory.chunks is not None,
+    }
+    return frozenset(field for field, given in said.items() if given)
+
+
+def _not_kept(training: Training) -> list[str]:
+    """Which settings of the job are not kept to, as a sentence; none: all are."""
+    job, residency = training.job, training.learners[0].residency
+    now, memory = residency.arrangement, job.memory
+    broken = {
+        "gradient_checkpointing = false": now.checkpointing and not job.gradient_checkpointing,
+        'memory.activations = "device"': now.activations == "host" and memory.activations == "device",
+        'memory.stream = "never"': bool(residency.placement.streamed) and memory.stream == "never",
+        f"memory.chunks = {memory.chunks}": memory.chunks is not None and now.chunks != memory.chunks,
+    }
+    if not (names := [name for name, is_broken in broken.items() if is_broken]):
+        return []
+    return [f"{listed(names)} of the job cannot be kept to, since the rest is used up"]
 
 
 def told(training: Training) -> str:
@@ -160,7 +223,8 @@ def probe(training: Training, budget_bytes: int | None = None, meter: Meter | No
         waiting = [corrected]  # tried once: if the device is full then, what makes room takes its place
         with_room(training, lambda: training.rearrange(waiting.pop()) if waiting else None)
     limit = f" of {budget_bytes / _GIB:.1f}" if budget_bytes is not None else ""
-    training.run.event("memory", step=training.step, message=f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}")
+    message = ". ".join([f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}", *_not_kept(training)])
+    training.run.event("memory", step=training.step, message=message)
 
 
 def unmade_bytes(training: Training) -> int:
@@ -188,8 +252,12 @@ def _corrected(training: Training, budget_bytes: int, peak_bytes: int) -> Arrang
 
 
 def _try_largest(training: Training, meter: Meter) -> None:
-    """With accumulation twice: then the gradients of the pass before are there too."""
     meter.start()
+    _run_largest(training)
+
+
+def _run_largest(training: Training) -> None:
+    """With accumulation twice: then the gradients of the pass before are there too."""
     learner, _ = training.take_turn(max(training.step, 1))
     torch.manual_seed(derived_seed(training.job.seed, "probe"))
     batch = training.samples.batch(max(training.step, 1), largest(training), learner.sigmas).to(training.device)

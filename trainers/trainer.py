@@ -16,7 +16,7 @@ from .job import due
 from .optimizers import learning_rate_factor, set_learning_rate
 from .predict import batch_loss
 from .previews import Previews
-from .room import is_out_of_memory, probe, with_room
+from .room import go_back, is_out_of_memory, probe, with_room
 from .run import Run
 from .run_status import OUTCOMES, Outcome
 from .training import Learner, Training, open_training, save_checkpoint
@@ -45,6 +45,7 @@ def _train(training: Training) -> Outcome:
                 save_checkpoint(training)
             return OUTCOMES[asked]
         training.step += 1
+        go_back(training)
         metrics = optimize(training)
         last = training.step == training.total_steps
         if due(training.step, run.job.held_out.every_steps, last):

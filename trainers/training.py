@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from .prefetch import Batches
 from .preflight import check, extended_run
 from .residency import Residency, arena_for
 from .run import Run
+from .shortage import Shortages
 from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Training:
     """What was planned of the card's memory; None: there is no card."""
     step: int = 0
     resident: Learner | None = None
+    shortages: Shortages[Arrangement] = field(default_factory=Shortages)
 
     @property
     def position(self) -> Position:
