@@ -6,8 +6,8 @@ gradients. The optimizer's step comes after them, and is not repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from statistics import median
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from .data.order import MicroBatch
-from .errors import RunError
+from .errors import Problem, RunError
 from .family import IMAGE_TEXT
 from .flow import derived_seed
 from .job import Job
@@ -57,6 +57,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(told in str(error) for told in _TOLD_BY_LIBRARIES)
+
+
+@contextmanager
+def saying_what_is_full(device: torch.device) -> Iterator[None]:
+    """While a model is loaded: nothing of it can be taken back then, so an error of a full device becomes a RunError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+        value = f"out of memory on {device} while the model was loaded ({free / _GIB:.1f} of {total / _GIB:.1f} GiB are free)"
+        rule = "what is free when a run is planned must stay free until it is loaded"
+        remedy = "Close other programs that use the GPU, or set a smaller memory.vram_gib, and start the run again; nothing was lost."
+        raise RunError(str(Problem(value, rule, remedy))) from error
 
 
 def with_room(training: Training, work: Callable[[], Result]) -> Result:

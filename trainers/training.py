@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
 from .residency import Residency, arena_for
+from .room import saying_what_is_full
 from .run import Run
 from .shortage import Shortages
 from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
@@ -132,10 +134,22 @@ class Training:
 def open_training(run: Run) -> Training:
     """Loads what the run needs, and restores its latest checkpoint, `start.extends` or `start.initial_lora`.
 
-    Raises VideoTrainerError with all that is wrong before anything is loaded.
+    Raises VideoTrainerError with all that is wrong before anything is loaded, and RunError when the GPU is full while the
+    model is loaded. Then nothing is left in use.
     """
+    check(run.job, started=run.latest_checkpoint() is not None)
+    with saying_what_is_full(pick_device(run.job)), ExitStack() as undo:
+        training = _loaded(run)
+        undo.callback(training.close)
+        _restore(training)
+        _start_trackers(training)
+        undo.pop_all()
+    return training
+
+
+def _loaded(run: Run) -> Training:
+    """Everything in memory, at its beginning."""
     job = run.job
-    check(job, started=run.latest_checkpoint() is not None)
     device = pick_device(job)
     precision = pick_precision(job, device)
     torch.use_deterministic_algorithms(job.deterministic)
@@ -150,7 +164,7 @@ def open_training(run: Run) -> Training:
     arrangement = plan.arrangement if plan else arrangement_of(job)
     arena = arena_for(device)
     learners = tuple(_learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, arena) for expert in experts)
-    training = Training(
+    return Training(
         run=run,
         job=job,
         accelerator=accelerator,
@@ -167,9 +181,6 @@ def open_training(run: Run) -> Training:
         arena=arena,
         plan=plan,
     )
-    _restore(training)
-    _start_trackers(training)
-    return training
 
 
 def _planned(job: Job, detection: Detection, samples: Samples) -> MemoryPlan | None:
