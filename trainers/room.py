@@ -6,6 +6,7 @@ gradients. The optimizer's step comes after them, and is not repeated.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -39,6 +40,9 @@ Result = TypeVar("Result")
 _GIB = 2**30
 _MARGIN = 0.03
 """Of the budget: what is left free after the probe, for longer captions and the allocator's changing fragments."""
+
+MOST_WAITS = 60
+FIRST_WAIT_SECONDS = 0.5
 
 _LOOKED_AT = 1000
 """Clips whose captions are measured: the data set may have many thousands."""
@@ -80,7 +84,8 @@ def with_room(training: Training, work: Callable[[], Result]) -> Result:
     `work` must leave nothing behind when it is broken off but gradients, which are dropped. Raises RunError when the least
     there is does not fit.
     """
-    return until_it_fits(work, lambda: _make_room(training))
+    waits = _waits(training.step)
+    return until_it_fits(work, lambda: _make_room(training, waits))
 
 
 def until_it_fits(work: Callable[[], Result], make_room: Callable[[], None]) -> Result:
@@ -97,21 +102,38 @@ def until_it_fits(work: Callable[[], Result], make_room: Callable[[], None]) -> 
             full = True
 
 
-def _make_room(training: Training) -> None:
+def _make_room(training: Training, waits: Iterator[float]) -> None:
+    """Keeps less on the device; when nothing more can be given up, waits for other programs, and in the end raises RunError."""
     _drop_gradients(training)
-    residency, shortages, step = training.learners[0].residency, training.shortages, training.step
-    arrangement = shortages.less(
+    residency, step = training.learners[0].residency, training.step
+    arrangement = training.shortages.less(
         residency.arrangement, lambda now: tighter(now, residency.block_bytes, training.method.can_stream, kept_by(training.job)), step
     )
     if arrangement is None:
-        raise RunError(
-            f"the device has no memory for step {step}, and nothing is left that could wait elsewhere. "
-            f"The checkpoints are kept; use smaller or shorter clips, a smaller batch_size, memory.quantise, or a larger card."
-        )
+        _wait(training, next(waits, None))
+        return
     training.rearrange(arrangement)
-    again = f"What was used before is tried again in {GOOD_STEPS} steps" if shortages.will_go_back else "It stays so"
+    again = f"What was used before is tried again in {GOOD_STEPS} steps" if training.shortages.will_go_back else "It stays so"
     message = ". ".join([f"the device was full at step {step}: {told(training)}; the step is done again", *_not_kept(training), again])
     training.run.event("memory", step=step, message=message)
+
+
+def _wait(training: Training, seconds: float | None) -> None:
+    if seconds is None:
+        raise RunError(
+            f"Out of GPU memory at step {training.step}, and everything that can be offloaded already is. {training.run.what_is_kept()} "
+            "Use smaller or shorter clips, a smaller batch_size, memory.quantise, or a larger GPU."
+        )
+    if seconds == FIRST_WAIT_SECONDS:
+        message = "the device is full, and everything that can be offloaded is: waiting for other programs to give memory back"
+        training.run.event("memory", step=training.step, message=message)
+    time.sleep(seconds)
+
+
+def _waits(step: int) -> Iterator[float]:
+    """Seconds between attempts: half a minute in all before the first step, where a job may be too large, later 9 minutes."""
+    for attempt in range(MOST_WAITS):
+        yield FIRST_WAIT_SECONDS if not step else min(FIRST_WAIT_SECONDS * 1.12**attempt, 15.0)
 
 
 def go_back(training: Training) -> None:

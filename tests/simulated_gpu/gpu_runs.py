@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import tiny_families
 
 from simulated_gpu import gpu
 from trainers import trainer
+from trainers.data.encoded import Encoded
 from trainers.family import families
 from trainers.job import Job, parse_job
 from trainers.run import Run
@@ -27,26 +29,32 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 }
 """`memory` of a job. Where `chunks` is left out, planning traces a step for each number of them."""
 
-_PUBLISHED = {published.variant for tiny in tiny_families.TINY.values() for published in tiny.published}
-VARIANTS = {variant.id: (family, variant) for family in families().values() for variant in family.variants if variant.id in _PUBLISHED}
-
-FIRST_VARIANTS = [family.variants[0].id for family in families().values()]
+_WAN = ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-ti2v", "wan2.2-t2v", "wan2.2-i2v")
+VARIANTS = {
+    variant.id: (family, variant) for family in families().values() for variant in family.variants if family.id != "wan" or variant.id in _WAN
+}
+"""By id, (family, variant). Of Wan those without a size: a tiny model has none of the published."""
 
 _SIZES: dict[str, dict[str, Any]] = {
-    "ltx": {"attention_head_dim": 32, "cross_attention_dim": 64},
-    "mochi": {"attention_head_dim": 32, "pooled_projection_dim": 64},
+    "wan": {"num_layers": 3},
+    "ltx": {"num_layers": 3, "attention_head_dim": 32, "cross_attention_dim": 64},
+    "mochi": {"num_layers": 3, "attention_head_dim": 32, "pooled_projection_dim": 64},
+    "hunyuan": {},
 }
-"""Rows of 64 numbers at the least: bitsandbytes' CPU kernel decodes shorter ones of nf4 wrongly."""
+"""Three blocks at the least: as many as slots would be no streaming (HunyuanVideo has two of each kind). Rows of 64 numbers at
+the least: bitsandbytes' CPU kernel decodes shorter ones of nf4 wrongly."""
 
 
 @lru_cache
 def tiny_files(family_id: str, variant_id: str) -> Job:
-    """A job over a tiny base of four blocks (fewer than slots would be no streaming) and clips, which all tests share."""
+    """A job over a tiny base and clips, which all tests share; the last clip is held out."""
     family, variant = VARIANTS[variant_id]
     usual = tiny_families.tiny_config
-    deeper = {"num_layers": 4} | _SIZES.get(family_id, {})
-    with patch.object(tiny_families, "tiny_config", lambda *of: usual(*of) | deeper):
-        return tiny_families.tiny_job_of(Path(_shared.name) / variant_id, family, variant)
+    with patch.object(tiny_families, "tiny_config", lambda *of: usual(*of) | _SIZES[family_id]):
+        job = tiny_families.tiny_job_of(Path(_shared.name) / variant_id, family, variant)
+    encoded = Encoded.open(Path(job.encoded))
+    replace(encoded, items=(*encoded.items[:-1], replace(encoded.items[-1], held_out=True))).save()
+    return job
 
 
 _shared = tempfile.TemporaryDirectory(prefix="tiny-files-")
