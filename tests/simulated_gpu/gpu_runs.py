@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -49,12 +50,53 @@ the least: bitsandbytes' CPU kernel decodes shorter ones of nf4 wrongly."""
 def tiny_files(family_id: str, variant_id: str) -> Job:
     """A job over a tiny base and clips, which all tests share; the last clip is held out."""
     family, variant = VARIANTS[variant_id]
-    usual = tiny_families.tiny_config
-    with patch.object(tiny_families, "tiny_config", lambda *of: usual(*of) | _SIZES[family_id]):
+    with patch.object(tiny_families, "tiny_config", _with_sizes(tiny_families.tiny_config)):
         job = tiny_families.tiny_job_of(Path(_shared.name) / variant_id, family, variant)
     encoded = Encoded.open(Path(job.encoded))
     replace(encoded, items=(*encoded.items[:-1], replace(encoded.items[-1], held_out=True))).save()
     return job
+
+
+@lru_cache
+def tiny_vae(variant_id: str) -> str:
+    """The path of a tiny VAE."""
+    family, variant = VARIANTS[variant_id]
+    vae = next(vae for vae in family.vaes if vae.fits(variant))
+    return str(tiny_families.write_native_vae(Path(tiny_files(family.id, variant_id).encoded).parent / "vae.safetensors", family, vae))
+
+
+@lru_cache
+def low_noise_base(variant_id: str) -> str:
+    """The path of a second expert, whose weights are others."""
+    base, usual = Path(tiny_files("wan", variant_id).base.transformer), tiny_families.filled
+    with (
+        patch.object(tiny_families, "filled", lambda module: usual(module, seed=7)),
+        patch.object(tiny_families, "tiny_config", _with_sizes(tiny_families.tiny_config)),
+    ):
+        return str(tiny_families.write_native(base.with_name("low_noise.safetensors"), *VARIANTS[variant_id]))
+
+
+def _with_sizes(usual: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    return lambda family, variant: usual(family, variant) | _SIZES[family.id]
+
+
+def with_videos(job: Job, **previews: Any) -> Job:
+    """The job with a preview before the first step and after the last, and the held-out loss after the last."""
+    values = job.model_dump(mode="json")
+    family, variant = VARIANTS[str(job.base.variant)]
+    step = family.latent(variant).spatial_step
+    size = {"width": 3 * step, "height": 2 * step, "num_frames": 1}
+    spec = {"every_steps": job.steps, "prompts": [""], "negative": "", "sampling_steps": 2, "shift": 1.0} | size | previews
+    base = values["base"] | {"vae": tiny_vae(variant.id)}
+    more = {"base": base, "previews": spec, "held_out": {"every_steps": job.steps, "sigmas": [0.2, 0.95]}}
+    return parse_job(values | more)
+
+
+def with_two_experts(job: Job) -> Job:
+    """The job with both experts trained in turns of a step."""
+    values = job.model_dump(mode="json")
+    base = values["base"] | {"transformer_low_noise": low_noise_base(job.base.variant)}
+    return parse_job(values | {"base": base, "experts": {"train": "both", "turn_steps": 1}})
 
 
 _shared = tempfile.TemporaryDirectory(prefix="tiny-files-")
