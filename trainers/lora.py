@@ -203,13 +203,17 @@ def _make_masters(layer: Any, name: str, rank: int, seed: int, device: torch.dev
 
 
 def _initial_down(name: str, rank: int, in_features: int, seed: int, device: torch.device) -> torch.Tensor:
-    """A (R, I) as in LoRA (arXiv 2106.09685) and its reference code: Kaiming uniform with a = sqrt(5)."""
+    """A (R, I) as in LoRA (arXiv 2106.09685) and its reference code: Kaiming uniform with a = sqrt(5).
+
+    The same bits on every CPU: `rand` is whole numbers over 2^24, so the doubling and the subtraction are exact and only the
+    product is rounded. (`uniform_(-bound, bound)` rounds once or twice, depending on whether the CPU has fused multiply-add.)
+    """
     if device.type == "meta":
         return torch.empty(rank, in_features, device=device)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator).to(device)
+    return ((2.0 * torch.rand(rank, in_features, generator=generator) - 1.0) * bound).to(device)
 
 
 def _factor(layer: Any, letter: str) -> nn.Parameter:
