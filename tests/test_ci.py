@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,21 @@ def test_both_processes_of_tests_run_and_either_fails_the_whole(tmp_path: Path) 
             "-m pytest -n 2 -m not slow",
             "-m pytest -p simulated_gpu.plugin tests/simulated_gpu -n 2 -m not slow",
         ]
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome", "said"),
+    [("", 0, r"3 tests not run: the simulated GPU needs g\+\+"), ("1", 4, r"ERROR: the simulated GPU needs g\+\+")],
+)
+def test_without_a_compiler_tests_of_the_gpu_are_skipped_in_one_line_and_in_ci_are_an_error(
+    tmp_path: Path, ci: str, outcome: int, said: str
+) -> None:
+    """In two processes, as `make test` has them: "no tests ran" would be taken for a pass."""
+    for index in range(3):
+        (tmp_path / f"test_{index}.py").write_text("def test_on_the_gpu(): raise AssertionError\n")
+    environment = os.environ | {"CI": ci, "CXX": "no-such-compiler", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-m", "pytest", "-p", "simulated_gpu.plugin", "-n", "2", "-rs", "-q", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == outcome, done.stdout + done.stderr
+    assert len(re.findall(said, done.stdout + done.stderr)) == 1
+    assert "no tests ran" not in done.stdout
