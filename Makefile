@@ -19,7 +19,7 @@ WORKERS = 2
 CPU = default
 THREADS = 1
 
-test test-cpu: CHOSEN = -m "not slow"
+test test-cpu: CHOSEN = -m "not slow and not matrix"
 test test-all: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .

@@ -54,8 +54,8 @@ def test_both_processes_of_tests_run_and_either_fails_the_whole(tmp_path: Path) 
         done = subprocess.run(["make", "test", f"VENV={venv}"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert [line for line in runs.read_text().splitlines() if "pytest" in line] == [
-            "-m pytest -n 2 -m not slow",
-            "-m pytest -p simulated_gpu.plugin tests/simulated_gpu -n 2 -m not slow",
+            "-m pytest -n 2 -m not slow and not matrix",
+            "-m pytest -p simulated_gpu.plugin tests/simulated_gpu -n 2 -m not slow and not matrix",
         ]
 
 
