@@ -1,5 +1,5 @@
 # make test          environment, format, lint, types, tests (all but those marked slow)
-# make test-all      the same with every test
+# make test-all      the same with every test, the slow ones and the whole GPU matrix too
 # make test-cpu      the tests as on another CPU: CPU=default (no AVX2), avx2 or avx512, and THREADS=1 or 2
 # make test-lowest   the tests with the lowest versions that requirements.txt declares
 # make demo          environment, then the main job on a tiny model: see build/demo/report.html
@@ -28,7 +28,7 @@ test test-all: $(VENV)/installed
 
 # The kernels of torch, of MKL and of oneDNN are chosen by the CPU; each can be asked for older ones.
 test-cpu: export ATEN_CPU_CAPABILITY = $(CPU)
-test-cpu: export MKL_ENABLE_INSTRUCTIONS = $(if $(filter default,$(CPU)),SSE4_2,$(CPU))
+test-cpu: export MKL_ENABLE_INSTRUCTIONS = $(if $(filter default,$(CPU)),SSE4_2,$(if $(filter avx2,$(CPU)),AVX2,AVX512))
 test-cpu: export ONEDNN_MAX_CPU_ISA = $(if $(filter default,$(CPU)),SSE41,$(if $(filter avx2,$(CPU)),AVX2,DEFAULT))
 test-cpu: export OMP_NUM_THREADS = $(THREADS)
 test-cpu: export MKL_NUM_THREADS = $(THREADS)
