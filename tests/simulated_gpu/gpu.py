@@ -262,7 +262,7 @@ def _device_answers(torch: Any, count: int) -> dict[str, Any]:
         "_is_compiled": lambda: True,
         "_is_in_bad_fork": lambda: False,
         "_exchange_device": _exchange_device,
-        "_maybe_exchange_device": _exchange_device,
+        "_maybe_exchange_device": lambda device: _exchange_device(device),  # torch.compile wants a function for each
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda *_, **__: capability >= (8, 0),

@@ -7,7 +7,7 @@ import gc
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,7 @@ import tiny_families
 from simulated_gpu import gpu
 from trainers import trainer
 from trainers.data.encoded import Encoded
-from trainers.family import families
+from trainers.family import Family, Variant, families
 from trainers.job import Job, parse_job
 from trainers.run import Run
 
@@ -30,9 +30,14 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 }
 """`memory` of a job. Where `chunks` is left out, planning traces a step for each number of them."""
 
+FIRST_VARIANTS = [(family, family.variants[0]) for family in families().values()]
+
 _WAN = ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-ti2v", "wan2.2-t2v", "wan2.2-i2v")
 VARIANTS = {
-    variant.id: (family, variant) for family in families().values() for variant in family.variants if family.id != "wan" or variant.id in _WAN
+    variant.id: (family, variant)
+    for family in families().values()
+    for variant in family.variants
+    if family.id != "wan" or variant.id in _WAN
 }
 """By id, (family, variant). Of Wan those without a size: a tiny model has none of the published."""
 
@@ -110,8 +115,8 @@ def forget_accelerate() -> None:
         state._shared_state.clear()
 
 
-def job_on(device: str, folder: Path, variant_id: str, **fields: Any) -> Job:
-    """A job of three steps whose run and LoRA come to `folder`."""
+def shared_job(device: str, folder: Path, variant_id: str, **fields: Any) -> Job:
+    """A job of three steps over the files that all tests share, whose run and LoRA come to `folder`."""
     family, _ = VARIANTS[variant_id]
     folder.mkdir(parents=True, exist_ok=True)
     values = tiny_files(family.id, variant_id).model_dump(mode="json", exclude_unset=True)
@@ -119,6 +124,12 @@ def job_on(device: str, folder: Path, variant_id: str, **fields: Any) -> Job:
     paths = {"base": base, "runs_folder": str(folder / "runs"), "loras_folder": str(folder / "loras")}
     usual = {"device": device, "precision": "fp32", "gradient_checkpointing": True, "steps": 3}
     return parse_job(values | paths | usual | fields)
+
+
+def job_on(device: str, folder: Path, family: Family, variant: Variant, **fields: Any) -> Job:
+    """A job of four steps over files of its own."""
+    usual = {"device": device, "precision": "fp32", "gradient_checkpointing": True}
+    return tiny_families.tiny_job_of(folder, family, variant, **(usual | fields))
 
 
 def trained(job: Job) -> Run:
@@ -134,10 +145,10 @@ def loss_on_cpu(variant_id: str, **fields: Any) -> list[float]:
     return _loss_on_cpu(variant_id, repr(fields))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _loss_on_cpu(variant_id: str, fields: str) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
-        return losses(trained(job_on("cpu", Path(folder), variant_id, **ast.literal_eval(fields))))
+        return losses(trained(shared_job("cpu", Path(folder), variant_id, **ast.literal_eval(fields))))
 
 
 def losses(run: Run) -> list[float]:

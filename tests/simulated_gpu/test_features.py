@@ -13,11 +13,23 @@ import torch
 from tiny import as_fp8_scaled
 
 from simulated_gpu import gpu
-from simulated_gpu.gpu_runs import ARRANGEMENTS, forget_accelerate, in_use, job_on, losses, tiny_files, trained, with_two_experts, with_videos
+from simulated_gpu.gpu_runs import (
+    ARRANGEMENTS,
+    forget_accelerate,
+    in_use,
+    losses,
+    shared_job,
+    tiny_files,
+    trained,
+    with_two_experts,
+    with_videos,
+)
 from trainers import previews, session, trainer, training
 from trainers.job import Job, parse_job
 from trainers.plan import make_plan
 from trainers.run import Run
+
+pytestmark = pytest.mark.usefixtures("small_inputs_are_offloaded", "tables_of_bitsandbytes")
 
 WAN, MAPPED = "wan2.1-t2v", {"memory": ARRANGEMENTS["mapped"]}
 TRAINED: dict[str, dict[str, Any]] = {
@@ -56,7 +68,7 @@ def changed(job: Job, **fields: Any) -> Job:
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", TRAINED)
 def test_what_is_trained(tmp_path: Path, how: str) -> None:
-    found, expected = (losses(trained(job_on(device, tmp_path / device[:3], WAN, **TRAINED[how]))) for device in ("cuda:0", "cpu"))
+    found, expected = (losses(trained(shared_job(device, tmp_path / device[:3], WAN, **TRAINED[how]))) for device in ("cuda:0", "cpu"))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -67,8 +79,8 @@ def test_a_scaled_fp8_file(tmp_path: Path, way: str) -> None:
     shutil.copy(tiny_files("wan", WAN).base.transformer, base)
     as_fp8_scaled(base)
     fields = {"base": {"transformer": str(base), "variant": WAN}}
-    found = losses(trained(job_on("cuda:0", tmp_path / "gpu", WAN, memory=ARRANGEMENTS[way], **fields)))
-    assert found == pytest.approx(losses(trained(job_on("cpu", tmp_path / "cpu", WAN, **fields))), rel=1e-5)
+    found = losses(trained(shared_job("cuda:0", tmp_path / "gpu", WAN, memory=ARRANGEMENTS[way], **fields)))
+    assert found == pytest.approx(losses(trained(shared_job("cpu", tmp_path / "cpu", WAN, **fields))), rel=1e-5)
 
 
 @pytest.fixture
@@ -83,14 +95,21 @@ def videos(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     ("variant", "way"),
     [
         pytest.param("wan2.2-t2v", "pinned"),
-        *(pytest.param(name, "mapped", marks=pytest.mark.matrix) for name in (WAN, "wan2.2-i2v", "ltxv-2b-0.9", "hunyuan-t2v", "mochi-1-preview")),
+        *(
+            pytest.param(name, "mapped", marks=pytest.mark.matrix)
+            for name in (WAN, "wan2.2-i2v", "ltxv-2b-0.9", "hunyuan-t2v", "mochi-1-preview")
+        ),
     ],
 )
 def test_previews_and_held_out_losses(tmp_path: Path, videos: list[np.ndarray], variant: str, way: str) -> None:
     """Of Wan 2.2 both experts are trained in turns, and both take part in each video."""
     two = with_two_experts if variant.startswith("wan2.2") else (lambda job: job)
     runs = [
-        trained(with_videos(two(job_on(device, tmp_path / device[:3], variant, **({"memory": ARRANGEMENTS[way]} if "cuda" in device else {})))))
+        trained(
+            with_videos(
+                two(shared_job(device, tmp_path / device[:3], variant, **({"memory": ARRANGEMENTS[way]} if "cuda" in device else {})))
+            )
+        )
         for device in ("cuda:0", "cpu")
     ]
     found, expected = ([line.get("held_out_loss", 0.0) + line["loss"] for line in run.read_metrics()] for run in runs)
@@ -113,7 +132,7 @@ def test_previews_in_tiles(tmp_path: Path, videos: list[np.ndarray], monkeypatch
 
     monkeypatch.setattr(previews, "decode_frames", decode_frames)
     monkeypatch.setattr("trainers.tiles.SIDES", (32, 16))
-    run = trained(with_videos(job_on("cuda:0", tmp_path, WAN, **MAPPED), width=64, height=64))
+    run = trained(with_videos(shared_job("cuda:0", tmp_path, WAN, **MAPPED), width=64, height=64))
     assert tiles[:2] == [None, None]
     assert tiles[2] is not None
     assert [video.shape for video in videos] == [(1, 64, 64, 3)] * 2
@@ -141,11 +160,13 @@ def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], Non
     return lambda: None
 
 
-@pytest.mark.parametrize("way", [pytest.param("mapped"), *(pytest.param(way, marks=pytest.mark.matrix) for way in ("resident", "pinned", "chunks"))])
+@pytest.mark.parametrize(
+    "way", [pytest.param("mapped"), *(pytest.param(way, marks=pytest.mark.matrix) for way in ("resident", "pinned", "chunks"))]
+)
 def test_a_killed_run_is_resumed_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     fields = {"memory": ARRANGEMENTS[way], "deterministic": True, "checkpoints": {"every_steps": 2}, "lora": {"rank": 2, "dropout": 0.2}}
-    straight = trained(job_on("cuda:0", tmp_path / "straight", WAN, **fields))
-    run = Run.create(job_on("cuda:0", tmp_path / "killed", WAN, **fields))
+    straight = trained(shared_job("cuda:0", tmp_path / "straight", WAN, **fields))
+    run = Run.create(shared_job("cuda:0", tmp_path / "killed", WAN, **fields))
     kill_in_step(monkeypatch, 3)
     forget_accelerate()
     with pytest.raises(Killed):
@@ -169,8 +190,8 @@ def test_a_pause_that_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return plan
 
     fields = {"memory": ARRANGEMENTS["pinned"], "deterministic": True}
-    straight = trained(job_on("cuda:0", tmp_path / "straight", WAN, **fields))
-    run = Run.create(job_on("cuda:0", tmp_path / "paused", WAN, **fields))
+    straight = trained(shared_job("cuda:0", tmp_path / "straight", WAN, **fields))
+    run = Run.create(shared_job("cuda:0", tmp_path / "paused", WAN, **fields))
     monkeypatch.setattr(training, "plan_memory", planned)
     monkeypatch.setattr(Run, "requested", lambda run: next(asked, None))
     forget_accelerate()
@@ -187,10 +208,10 @@ def test_starts_from_a_lora_and_from_another_run(tmp_path: Path) -> None:
     for device in ("cuda:0", "cpu"):
         folder = tmp_path / device[:3]
         memory = {"memory": ARRANGEMENTS["mapped"]} if device != "cpu" else {}
-        first = trained(job_on(device, folder / "first", WAN, **memory))
+        first = trained(shared_job(device, folder / "first", WAN, **memory))
         lora = max((Path(first.job.loras_folder) / first.name).glob("*.safetensors"))
-        from_lora = trained(job_on(device, folder / "second", WAN, start={"initial_lora": str(lora)}, **memory))
-        longer = trained(job_on(device, folder / "third", WAN, steps=5, start={"extends": f"{first.folder}@3"}, **memory))
+        from_lora = trained(shared_job(device, folder / "second", WAN, start={"initial_lora": str(lora)}, **memory))
+        longer = trained(shared_job(device, folder / "third", WAN, steps=5, start={"extends": f"{first.folder}@3"}, **memory))
         found.append(losses(from_lora) + losses(longer))
     assert len(found[0]) == 5
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -199,7 +220,7 @@ def test_starts_from_a_lora_and_from_another_run(tmp_path: Path) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("variant", [WAN, "wan2.2-t2v", "hunyuan-t2v"])
 def test_the_plan_is_made_and_leaves_nothing(tmp_path: Path, variant: str) -> None:
-    plan = make_plan(job_on("cuda:0", tmp_path, variant))
+    plan = make_plan(shared_job("cuda:0", tmp_path, variant))
     assert plan.memory.fits
     assert plan.memory.machine.device == "cuda"
     assert "cuda" in str(plan.memory.machine.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,16 +14,21 @@ import numpy.typing as npt
 import pytest
 
 from simulated_gpu import gpu
-from simulated_gpu.gpu_runs import ARRANGEMENTS, forget_accelerate, in_use, job_on, losses, with_two_experts, with_videos
+from simulated_gpu.gpu_runs import ARRANGEMENTS, forget_accelerate, in_use, losses, shared_job, with_two_experts, with_videos
 from trainers import previews, room, trainer
 from trainers.errors import RunError
 from trainers.job import Job
 from trainers.run import Run
 
+pytestmark = pytest.mark.usefixtures("small_inputs_are_offloaded", "tables_of_bitsandbytes")
+
 POINTS, BURSTS = 100, {4: 10, 10: 10, 60: 10}
 """Of each case: single allocations that fail, spread over the whole run; runs of so many failures, and how many of them."""
 WHOLE_RUNS = {"one expert, mapped": "wan2.1-t2v", "two experts, pinned": "wan2.2-t2v", "resident": "ltxv-2b-0.9"}
-SENTENCES = (r"out of memory on cuda:0 while the model was loaded .*; .* must stay free .*\. Close other programs", r"optimizer in step \d.*resume")
+SENTENCES = (
+    r"out of memory on cuda:0 while the model was loaded .*; .* must stay free .*\. Close other programs",
+    r"optimizer in step \d.*resume",
+)
 Video = npt.NDArray[np.uint8]
 
 
@@ -34,7 +40,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def job_of(case: str, folder: Path) -> Job:
     """Three steps with previews before and after, and held-out loss."""
     ways = {"one expert, mapped": "mapped", "two experts, pinned": "pinned", "resident": "resident"}
-    job = job_on("cuda:0", folder, WHOLE_RUNS[case], memory=ARRANGEMENTS[ways[case]])
+    job = shared_job("cuda:0", folder, WHOLE_RUNS[case], memory=ARRANGEMENTS[ways[case]])
     return with_videos(with_two_experts(job) if "two" in case else job)
 
 
@@ -49,6 +55,11 @@ class Outcome:
     said: str = ""
     loaded: bool = True
     failed_in: str = ""
+
+    @property
+    def ended(self) -> str:
+        """In a few words."""
+        return "survived" if not self.said else "ended in the optimizer's step" if self.loaded else "ended in loading"
 
 
 def run_of(case: str, folder: Path, after: int = 10**9, count: int = 0) -> Outcome:
@@ -106,11 +117,12 @@ def some(points: int) -> list[Any]:
 
 @pytest.mark.parametrize("point", some(POINTS))
 @pytest.mark.parametrize("case", WHOLE_RUNS)
-def test_one_allocation_fails(tmp_path: Path, case: str, point: int) -> None:
+def test_one_allocation_fails(tmp_path: Path, case: str, point: int, record_property: Callable[[str, object], None]) -> None:
     """Anywhere but in loading and in the optimizer's step, which cannot be done again, the run survives with the same videos."""
     expected = roomy(case)
     found = run_of(case, tmp_path, int((point + 0.5) / POINTS * expected.allocations), 1)
     assert found.failed_in
+    record_property("outcome", found.ended)
     if found.said:
         loading, update = SENTENCES
         assert re.search(update if found.loaded else loading, found.said), found.said
@@ -119,19 +131,18 @@ def test_one_allocation_fails(tmp_path: Path, case: str, point: int) -> None:
     assert_same_videos(found, expected)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("count", BURSTS)
 @pytest.mark.parametrize("case", WHOLE_RUNS)
-def test_many_fail_in_a_row(tmp_path: Path, case: str, count: int) -> None:
+def test_many_fail_in_a_row(tmp_path: Path, case: str, count: int, record_property: Callable[[str, object], None]) -> None:
     """Another program takes the GPU for a while: at least 8 of 10 runs go on; a preview may be left out. The others say why."""
     expected, survived, points = roomy(case), 0, BURSTS[count]
     for point in range(points):
         found = run_of(case, tmp_path / str(point), int((point + 0.5) / points * expected.allocations), count)
+        record_property("outcome", f"{count} in a row: {found.ended}")
         if found.said:
             assert any(re.search(sentence, found.said) for sentence in SENTENCES), found.said
             continue
         assert_equal(found, expected)
         survived += 1
     assert survived >= 0.8 * points
-
-
-test_many_fail_in_a_row = pytest.mark.matrix(test_many_fail_in_a_row)
