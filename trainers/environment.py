@@ -12,7 +12,9 @@ _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH
 
 _COMFYUI_ALLOCATOR = re.compile(r"(?:^|,)\s*backend\s*:\s*cudaMallocAsync\s*(?=,|$)")
 
-_OTHER_TRAININGS = re.compile("ACCELERATE_|FSDP_|(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+_OTHER_TRAININGS = re.compile(
+    "ACCELERATE_|FSDP_|PMI_|OMPI_COMM_|MV2_COMM_|(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$"
+)
 """A pack that uses several GPUs inside ComfyUI sets these there; a worker that finds them waits for processes that never come."""
 
 
@@ -56,3 +58,9 @@ def use_memory_without_gaps() -> None:
         users = os.environ.get(name, "").strip(" ,")
         if "expandable_segments" not in users:
             os.environ[name] = f"{users},{wanted}" if users else wanted
+
+
+def started_processes() -> int:
+    """As one of how many this process was started: what torchrun, accelerate launch and MPI's launchers tell it, as accelerate reads it."""
+    told = (os.environ.get(name, "") for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    return max((int(number) for number in told if number.isdigit()), default=1)
