@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_families import write_native
 
-from simulated_gpu.gpu_runs import ARRANGEMENTS, FIRST_VARIANTS, job_on, trained
+from simulated_gpu.gpu_runs import FIRST_VARIANTS, job_on, trained
 from trainers import trainer
 from trainers.family import family_of
 from trainers.run import Run
@@ -43,9 +44,9 @@ def test_it_is_said_once_and_not_of_a_cpu(tmp_path: Path, device: str) -> None:
 
 
 def test_a_step_that_loads_an_experts_weights_is_no_slow_one(tmp_path: Path) -> None:
-    """Two experts in turn, a step each: every step changes over, and none of them is compared."""
-    both = {"train": "both", "turn_steps": 1}
-    job = job_on("cuda:0", tmp_path, *family_of("wan2.2-t2v-a14b"), steps=30, experts=both, memory=ARRANGEMENTS["mapped"])
-    base = job.base.model_copy(update={"transformer_low_noise": str(Path(job.base.transformer).with_name("low.safetensors"))})
-    Path(base.transformer_low_noise or "").write_bytes(Path(base.transformer).read_bytes())
+    """Two experts, a step each: every step changes over, and none of them is compared."""
+    family, variant = family_of("wan2.2-t2v")
+    job = job_on("cuda:0", tmp_path, family, variant, steps=30, experts={"train": "both", "turn_steps": 1})
+    low = write_native(tmp_path / "low_noise.safetensors", family, variant)
+    base = job.base.model_copy(update={"transformer_low_noise": str(low), "variant": variant.id})
     assert warnings(trained(job.model_copy(update={"base": base}))) == []

@@ -22,7 +22,7 @@ from trainers.run import HowFound, Run, attach_or_create
 from trainers.training import lora_path
 
 TESTS = Path(__file__).parents[1]
-STEPS, EVERY = 30, 5
+STEPS, EVERY = 16, 4
 
 
 @pytest.fixture(autouse=True)
