@@ -69,6 +69,8 @@ class Residency:
         if arrangement.compile:
             self._blocks.run_with([compiled(block) for block in self._modules])
         self._entered = False
+        self.is_whole = True
+        """False after an `enter` that failed half way, until the next one."""
         self.arrangement = arrangement
         self._apply()
 
@@ -92,7 +94,7 @@ class Residency:
 
     def enter(self) -> None:
         """Copies to the device what stays there, and makes the ring for the rest."""
-        self._entered = True
+        self._entered, self.is_whole = True, False
         placement = self.placement
         _put(self._others, self._device)
         for index in sorted(placement.resident):
@@ -100,6 +102,7 @@ class Residency:
         if placement.streamed:
             copies = copies_of(self._device)
             self._blocks.stream = Stream(self._layouts, placement, self.arrangement.host, copies, self._device)
+        self.is_whole = True
 
     def leave(self) -> None:
         """Gives the device's memory back."""

@@ -128,6 +128,8 @@ def _wait(training: Training, seconds: float | None) -> None:
         message = "the device is full, and everything that can be offloaded is: waiting for other programs to give memory back"
         training.run.event("memory", step=training.step, message=message)
     time.sleep(seconds)
+    if training.resident and not training.resident.residency.is_whole:
+        training.rearrange(training.resident.residency.arrangement)
 
 
 def _waits(step: int) -> Iterator[float]:

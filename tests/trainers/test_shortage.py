@@ -10,7 +10,7 @@ import tiny_families
 import torch
 from tiny_families import tiny_job_of
 
-from trainers import room, shortage, trainer
+from trainers import residency, room, shortage, trainer
 from trainers.family import families
 from trainers.job import Job, MemorySpec
 from trainers.offload.arrangement import Arrangement
@@ -19,6 +19,7 @@ from trainers.room import kept_by
 from trainers.run import Run
 from trainers.shortage import GOOD_STEPS, Shortages
 from trainers.trainer import train
+from trainers.training import open_training
 
 WAN = families()["wan"]
 
@@ -149,3 +150,32 @@ def test_a_trial_that_fails_is_not_repeated(wan_run, monkeypatch) -> None:
     assert {device.arrangements[step] for step in range(8, 17)} == {less} != {start}
     assert losses(short) == losses(straight)
     assert messages(short)[-1].endswith("It stays so")
+
+
+def test_a_wait_does_not_go_on_with_half_a_model(wan_run, monkeypatch) -> None:
+    """The device was full while blocks came back: the step was then tried with weights on two devices, and the run failed."""
+    run, made, failures = wan_run("half"), residency.Stream, [4]
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(room, "tighter", lambda *given: None)
+
+    def stream(*given: Any) -> Any:
+        if failures[0]:
+            failures[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return made(*given)
+
+    training = open_training(run)
+    training.take_turn()
+    monkeypatch.setattr(residency, "Stream", stream)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.rearrange(training.learners[0].residency.arrangement)
+    assert not training.learners[0].residency.is_whole
+    failed = iter([torch.OutOfMemoryError("CUDA out of memory.")])
+
+    def work() -> bool:
+        if error := next(failed, None):
+            raise error
+        return training.learners[0].residency.is_whole
+
+    assert room.with_room(training, work)
+    training.close()
