@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -149,3 +150,15 @@ def _how_to_find_a_gpu() -> str:
         tool = "nvidia-smi" if torch.version.cuda else "rocm-smi"
         return f"Check that {tool} lists the GPU, its driver is new enough for PyTorch, and CUDA_VISIBLE_DEVICES does not hide it."
     return "This PyTorch is built for the CPU: install the build for your GPU (pytorch.org; an AMD GPU needs the ROCm build)."
+
+
+def allocator(device: torch.device) -> str:
+    """Which allocator gives a GPU's memory, "" for another device. Ask once something lies on the GPU."""
+    if device.type != "cuda":
+        return ""
+    backend: str = torch.cuda.get_allocator_backend()
+    if backend != "native":  # which lists no segments
+        return backend
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    grow = any(segment.get("is_expandable") for segment in segments)  # what was asked for may not be what the driver can do
+    return f"{backend}, expandable segments" if grow else backend
