@@ -20,11 +20,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` optimizer steps are done, over the data set `encoded_identity`."""
+    """Where a run stands: `step` optimizer steps are done, over the data set `encoded_identity`.
+
+    `skipped_steps`: how many of the last steps a loss scaler skipped in a row. A run that must end for it ends in the same step
+    whether it was interrupted or not. Checkpoints of older versions do not say it.
+    """
 
     step: int
     encoded_identity: str
     micro_per_step: int
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,9 @@ def check_position(position: Position, encoded_identity: str, micro_per_step: in
     if position.micro_per_step != micro_per_step:
         problems.append(
             Problem(
-                f"accumulation x processes is {micro_per_step}, it was {position.micro_per_step}",
+                f"accumulation is {micro_per_step}, it was {position.micro_per_step}",
                 "a step must show the same samples as before",
-                "Choose accumulation so that the product stays the same.",
+                f"Set accumulation to {position.micro_per_step}.",
             )
         )
     if problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from .room import is_out_of_memory, probe, with_room
 from .run import Run
 from .run_status import OUTCOMES, Outcome
 from .training import Learner, Training, open_training, save_checkpoint
+
+MOST_SKIPPED_STEPS = 20
+"""In a row: twenty halvings take any loss scale below 1, where finite gradients cannot overflow any more."""
 
 
 def train(run: Run) -> Outcome:
@@ -63,18 +66,18 @@ def held_out_clips(training: Training) -> HeldOut:
 
 
 def optimize(training: Training) -> dict[str, Any]:
-    """One optimizer step over this process's share of the global batch, of the expert whose turn it is; what it measured.
+    """One optimizer step of the expert whose turn it is; what it measured.
 
     The host waits for the device once, for the measurements, when the whole step is queued. Raises RunError for a step that
     was not finite; then the LoRA in memory is spoilt and must not be saved.
     """
-    started, job, accelerator = time.perf_counter(), training.job, training.accelerator
+    started, job = time.perf_counter(), training.job
     learner, turn = with_room(training, training.take_turn)
     learning_rate = learner.learning_rate * learning_rate_factor(job.optimizer, turn.step, turn.total_steps)
     set_learning_rate(learner.optimizer, learning_rate)
     loss_sum, sigma_sum = with_room(training, lambda: gradients(training, learner))
     grad_norm = update(training, learner)
-    loss, sigma, norm = accelerator.reduce(torch.stack([loss_sum, sigma_sum, grad_norm.float()]), "mean").tolist()
+    loss, sigma, norm = torch.stack([loss_sum, sigma_sum, grad_norm.float()]).tolist()
     check_finite(training, norm, loss)
     return {
         "epoch": training.samples.order.step(training.step)[-1].epoch,
@@ -89,17 +92,15 @@ def optimize(training: Training) -> dict[str, Any]:
 
 def gradients(training: Training, learner: Learner) -> tuple[torch.Tensor, torch.Tensor]:
     """Accumulates the gradients of a step; the mean loss and noise level, on the device. Nothing else changes."""
-    job, accelerator = training.job, training.accelerator
-    mine = training.batches.of_step(training.step)
+    job, micro_steps = training.job, training.batches.of_step(training.step)
     loss_sum, sigma_sum = torch.zeros((), device=training.device), torch.zeros((), device=training.device)
-    for share in mine:
+    for share in micro_steps:
         torch.manual_seed(derived_seed(job.seed, "step", training.step, share.index))
         batch = training.batches.take(share)
-        with nullcontext() if share is mine[-1] else accelerator.no_sync(learner.transformer):
-            loss = batch_loss(training.family, training.variant, learner.transformer, batch)
-            accelerator.backward(loss / len(mine))
-        loss_sum += loss.detach() / len(mine)
-        sigma_sum += batch.sigma_B.mean() / len(mine)
+        loss = batch_loss(training.family, training.variant, learner.transformer, batch)
+        training.accelerator.backward(loss / len(micro_steps))
+        loss_sum += loss.detach() / len(micro_steps)
+        sigma_sum += batch.sigma_B.mean() / len(micro_steps)
     return loss_sum, sigma_sum
 
 
@@ -118,29 +119,38 @@ def update(training: Training, learner: Learner) -> torch.Tensor:
         if not is_out_of_memory(error):
             raise
         raise RunError(
-            f"the device has no memory for the optimizer in step {training.step}. The checkpoints are kept; free the card of other "
-            "programs and resume the run, or train with a smaller memory.vram_gib or optimizer.kind adamw8bit."
+            f"Out of GPU memory for the optimizer in step {training.step}. {training.run.what_is_kept()} Close other programs that use "
+            "the GPU and resume the run, or train with a smaller memory.vram_gib or optimizer.kind adamw8bit."
         ) from error
     learner.optimizer.zero_grad(set_to_none=True)
     return grad_norm
 
 
 def check_finite(training: Training, grad_norm: float, loss: float) -> None:
-    """Raises RunError for a step that turned the LoRA into not-a-numbers; a loss scaler skips such a step by itself."""
-    if training.accelerator.scaler is None and not (math.isfinite(grad_norm) and math.isfinite(loss)):
-        good = training.run.latest_checkpoint()
-        kept = f"The checkpoint of step {good} is kept" if good else "Nothing was kept yet"
-        raise RunError(
-            f"loss is {loss:g} and the gradient's norm {grad_norm:g} in step {training.step}; both must be finite. "
-            f"{kept}; lower optimizer.learning_rate, or use precision bf16 or fp32, and train again."
+    """Raises RunError for a step that is not finite, and for a loss scaler that skipped MOST_SKIPPED_STEPS of them in a row.
+
+    A loss scaler leaves out the update of a step whose gradients overflow, and scales the next one by half as much: some do while
+    the scale settles. A loss is not scaled: when it is not finite, the model's output is not.
+    """
+    scaled = training.accelerator.scaler is not None
+    training.skipped_steps = training.skipped_steps + 1 if scaled and not math.isfinite(grad_norm) else 0
+    if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
+        problem = f"loss is {loss:g} and the gradient's norm {grad_norm:g} in step {training.step}; both must be finite."
+    elif training.skipped_steps >= MOST_SKIPPED_STEPS:
+        problem = (
+            f"The gradients of the last {training.skipped_steps} steps (up to step {training.step}) overflowed in fp16, at any loss scale; "
+            "nothing was learned from them."
         )
+    else:
+        return
+    other = "" if training.dtype == torch.float32 else f", or set precision to {'bf16 or fp32' if scaled else 'fp32'}"
+    raise RunError(f"{problem} {training.run.what_is_kept()} Lower optimizer.learning_rate{other}, and train again.")
 
 
 def report(training: Training, metrics: dict[str, Any]) -> None:
     """Writes a step's measurements to the run's folder and to the trackers."""
     if training.device.type == "cuda":
         metrics["vram_gib"] = torch.cuda.max_memory_reserved(training.device) / 2**30
-    if training.accelerator.is_main_process:
-        training.run.metrics(step=training.step, **metrics)
+    training.run.metrics(step=training.step, **metrics)
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     training.accelerator.log(numbers, step=training.step)
