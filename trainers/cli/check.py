@@ -20,6 +20,7 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--base", type=Path, metavar="FILE", help="the model you train on: how fast it is read")
     parser.add_argument("--runs", type=Path, default=Path(RUNS_FOLDER), metavar="DIR", help=f"where the runs are ({RUNS_FOLDER})")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="N", help="what would begin later than this is left out (60)")
 
 
 def check(options: argparse.Namespace) -> int:
@@ -43,7 +44,7 @@ def check(options: argparse.Namespace) -> int:
             print(title, flush=True)
         print(as_text(line), flush=True)
 
-    report = run_checks(device, options.runs, options.base, tell)
+    report = run_checks(device, options.runs, options.base, tell, limit_seconds=options.seconds)
     print(f"\n{report.summary()}. Rates and this table are in {options.runs / FILE}; `plan` uses them.")
     print(f"\nFor a bug report, without paths or names:\n\n{report.block()}")
     return int(report.failed)

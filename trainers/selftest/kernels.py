@@ -15,7 +15,6 @@ from ..offload.packing import dequantise
 from ..quantise import fp8_by_rows
 from ..rates import finish, seconds_of
 from .lines import Bench, Check, Line, State
-from .versions import launch_limit_seconds
 
 _GROUP = "kernels"
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -23,7 +22,6 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _FEW_TOKENS, _MOST_TOKENS = 128, 4096
 _UNHURRIED_SECONDS = 0.03
 _PIXELS, _FRAMES = 768, 81
-_SHARE_OF_LIMIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,12 @@ HEADS = (
 
 
 def _attention(bench: Bench) -> Iterator[Line]:
-    limit = launch_limit_seconds(bench.device) if bench.on_gpu else None
     for heads in HEADS:
         for masked in (False, True) if heads.masked else (False,):
-            yield _attention_of(bench, heads, masked, limit)
+            yield _attention_of(bench, heads, masked)
 
 
-def _attention_of(bench: Bench, heads: Heads, masked: bool, limit: float | None) -> Line:
+def _attention_of(bench: Bench, heads: Heads, masked: bool) -> Line:
     device, dtype = bench.device, bench.dtype
     name = f"attention {heads.family}{', mask' if masked else ''}"
     tokens = _affordable_tokens(heads, device, dtype)
@@ -73,8 +70,6 @@ def _attention_of(bench: Bench, heads: Heads, masked: bool, limit: float | None)
         text += f"; one launch of {largest} tokens {launch:.2g} s"
     state: State = "slow" if bench.on_gpu and kernel == "math" else "ok"
     remedy = "This PyTorch has no fast attention for this GPU, which needs memory for all pairs of tokens: install another PyTorch."
-    if limit is not None and not masked and launch > _SHARE_OF_LIMIT * limit:
-        state, remedy = "slow", f"A launch may take {limit:g} s on a GPU with a screen: train smaller clips, or use the GPU without one."
     return Line(name, state, text, remedy)
 
 

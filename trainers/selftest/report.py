@@ -15,7 +15,7 @@ from typing import Any
 from .lines import Line
 
 _NAME_WIDTH = 26
-_PATH = re.compile(r"""(?<![\w.])(?:[A-Za-z]:)?[\\/][^\s'"`,;:()]+""")
+_PATH = re.compile(r"""(?<!\w)(?:[A-Za-z]:)?[\\/][^\s'"`,;:()]+""")
 _FILE = re.compile(r"""[^\s'"`,;:()/\\]+\.(safetensors|json|toml|pth?|bin|py|log|gguf)\b""")
 
 
@@ -54,7 +54,12 @@ class Report:
         return f"```\n{without_names(text, self.names)}\n```"
 
     def values(self) -> dict[str, Any]:
-        return {"sections": [{"title": section.title, "lines": [asdict(line) for line in section.lines]} for section in self.sections]}
+        """For other programs, as the block: without names."""
+        sections = [{"title": section.title, "lines": [self._values_of(line) for line in section.lines]} for section in self.sections]
+        return {"sections": sections}
+
+    def _values_of(self, line: Line) -> dict[str, str]:
+        return {name: without_names(value, self.names) for name, value in asdict(line).items()}
 
 
 def as_text(line: Line) -> str:

@@ -66,14 +66,14 @@ class TinyModel:
         state = {name: _weights(name, like, chance) for name, like in self.family.build(self.config).state_dict().items()}
         save_file(native_state(state, self.family.keys), path)
 
-    def batch(self, step: int, side: int) -> Batch:
-        """Four frames of `side` x `side` tokens and a caption, on the CPU."""
+    def batch(self, step: int, side: int, dtype: torch.dtype) -> Batch:
+        """Four frames of `side` x `side` tokens and a caption, on the CPU, for a model that computes in `dtype`."""
         chance, latent = torch.Generator().manual_seed(step), self.family.latent(self.variant)
         side *= _SIDE_OF_PATCH.get(self.family.id, 2)
         clean, noise = (torch.randn(1, latent.channels, 4, side, side, generator=chance) for _ in range(2))
         pooled = torch.randn(_POOLED_WIDTH, generator=chance) if self.family.id == "hunyuan" else None
         record = TextRecord(torch.randn(_TEXT_ROWS, _TEXT_WIDTH, generator=chance), pooled)
-        text = self.family.collate_text([record], torch.device("cpu"), torch.float32)
+        text = self.family.collate_text([record], torch.device("cpu"), dtype)
         return Batch(clean, noise, torch.tensor([0.3 + 0.2 * step]), text, Conditions())
 
 

@@ -75,24 +75,13 @@ def _driver(bench: Bench) -> Line:
     users = len(smi_processes())
     text = f"{driver}, display {display.lower()}{'' if model.startswith('[') else f', {model}'}, {users} other programs compute on it"
     if has_time_limit(model, display):
-        return Line("driver", "ok", f"{text}; a launch may take {TIME_LIMIT_SECONDS:g} s (see the kernels below)")
+        return Line("driver", "ok", f"{text}; a kernel that runs for seconds is ended")
     return Line("driver", "ok", text)
 
 
-TIME_LIMIT_SECONDS = 2.0
-"""Of one launch, where Windows draws the screen with the GPU (TdrDelay); X11 has one of its own."""
-
-
 def has_time_limit(model: str, display: str) -> bool:
-    """Whether the system ends a launch that takes long: WDDM always, elsewhere where a screen is attached."""
+    """Whether the system ends a kernel that runs for seconds: WDDM always, elsewhere where a screen is attached."""
     return (sys.platform == "win32" and model != "TCC") or display == "Enabled"
-
-
-def launch_limit_seconds(device: torch.device) -> float | None:
-    """How long one launch may take on a GPU; None: there is no limit, or nobody says so."""
-    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
-    found = smi("driver_model.current,display_active", uuid)
-    return TIME_LIMIT_SECONDS if found and has_time_limit(*found) else None
 
 
 def smi(fields: str, uuid: str = "") -> list[str]:
