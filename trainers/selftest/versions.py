@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 import torch
 
+from ..device import allocator
 from ..launch import answer_of
 from ..machine import available_ram, size_text
 from .lines import Bench, Check, Line
@@ -62,7 +63,8 @@ def _gpu(bench: Bench) -> Iterator[Line]:
     remedy = "Close what else uses the GPU; in ComfyUI, press Unload Models." if busy else ""
     yield Line("GPU", "slow" if busy else "ok", f"{text}; number {bench.device.index} of {torch.cuda.device_count()}", remedy)
     yield _driver(bench)
-    yield Line("allocator", "ok", f"{torch.cuda.get_allocator_backend()} in this process")
+    there = torch.ones(1, device=bench.device)  # asked before, the allocator says only what was wanted
+    yield Line("allocator", "ok", f"{allocator(there.device)} in this process; a worker leaves ComfyUI's cudaMallocAsync out")
 
 
 def _driver(bench: Bench) -> Line:
