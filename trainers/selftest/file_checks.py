@@ -36,8 +36,7 @@ start_apart(helper_command(WORKER, sys.argv[1]), Path(sys.argv[1]).parent, Path(
 """
 
 _WORKER = """
-import os, time
-parent = os.getppid()
+import time
 print("started", flush=True)
 time.sleep(1.5)
 print("lives on", flush=True)

@@ -162,7 +162,7 @@ def _convolution(bench: Bench) -> Iterator[Line]:
     finish(device)
     beside = torch.cuda.max_memory_allocated(device) - before - found.nbytes if bench.on_gpu else 0
     middle = slice(side // 2 - 1, side // 2 + 2)
-    wanted = (video[0, :, :, middle, middle].double().cpu() * weight.double().cpu()).sum((1, 2, 3, 4))
+    wanted = (video[0, :, :, middle, middle].cpu().double() * weight.cpu().double()).sum((1, 2, 3, 4))
     error = _error(found[0, :, 1, side // 2, side // 2].cpu(), wanted)
     text = f"right to {error:.1e}" + (f", takes {size_text(max(beside, 0))} beside its output" if bench.on_gpu else "")
     yield Line("Conv3d float32", "ok" if error <= 1e-2 else "failed", text, "Leave previews out (previews.every_steps = 0), and report it.")
