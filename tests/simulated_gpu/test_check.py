@@ -12,6 +12,7 @@ from check_page import lines_of_page
 
 from simulated_gpu import gpu
 from simulated_gpu.gpu_runs import in_use
+from trainers.machine import this_machine
 from trainers.measurements import Measurements, device_key
 from trainers.offload import blocks
 from trainers.selftest import devices, memory, models, versions
@@ -51,6 +52,8 @@ def test_a_refusal_to_pin_is_said_and_kept(tmp_path: Path) -> None:
     assert (found.state, found.text[:7]) == ("slow", "1.0 GiB")
     assert "ulimit" in found.remedy
     assert Measurements(tmp_path).rates("devices", device_key(GPU))["pinnable"] == 2**30
+    gpu.reset()
+    assert this_machine(GPU, torch.float32, None, tmp_path).pinnable_bytes == 2**30, "a plan keeps to it"
     assert gpu.registered_bytes() == 0
 
 

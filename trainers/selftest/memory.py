@@ -35,11 +35,13 @@ def _pinnable(bench: Bench) -> Iterator[Line]:
     finally:
         for piece in pieces:
             piece.close()
+    key = device_key(bench.device)
     pinned, seconds = len(pieces) * _PIECE_BYTES, time.monotonic() - started
     if not refused:
+        bench.kept.keep("devices", key, {"pinnable": psutil.virtual_memory().total})  # an earlier refusal holds no more
         yield Line("most pinned", "ok", f"{size_text(pinned)} in {seconds:.1f} s, nothing was refused")
         return
-    bench.kept.keep("devices", device_key(bench.device), {"pinnable": max(pinned, 1)})
+    bench.kept.keep("devices", key, {"pinnable": max(pinned, 1)})
     state: State = "slow" if pinned < _LITTLE_BYTES else "ok"
     remedy = "Raise the limit (WSL: memory in .wslconfig; containers: ulimit -l), or close other programs that pin memory."
     yield Line("most pinned", state, f"{size_text(pinned)}, then the system refuses; `plan` keeps to it", remedy)
