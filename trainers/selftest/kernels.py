@@ -49,7 +49,7 @@ def _attention(bench: Bench) -> Iterator[Line]:
 
 
 def _attention_of(bench: Bench, heads: Heads, masked: bool) -> Line:
-    device, dtype = bench.device, bench.dtype
+    device, dtype = bench.device, bench.dtypes_of(families()[heads.family])[0]
     name = f"attention {heads.family}{', mask' if masked else ''}"
     tokens = _affordable_tokens(heads, device, dtype)
     parts = _parts(heads, tokens, device, dtype)

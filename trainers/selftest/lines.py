@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from ..device import DTYPES, Hardware
+from ..family import Family
 from ..measurements import Measurements
 
 State = Literal["ok", "slow", "failed", "skipped"]
@@ -43,10 +45,13 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What a training computes in, where the job leaves it open."""
-        if not self.on_gpu:
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
+        """The best that the device computes in at full speed."""
+        return DTYPES[Hardware.of(self.device).fast[0]]
+
+    def dtypes_of(self, family: Family) -> list[torch.dtype]:
+        """What a training of the family may compute in here, the best first."""
+        fast = Hardware.of(self.device).fast
+        return [DTYPES[name] for name in family.precisions if name in fast] or [torch.float32]
 
     @property
     def seconds_left(self) -> float:

@@ -30,7 +30,6 @@ _NEAR_THE_CPU, _NEAR_ITSELF, _NEAR_IN_HALF = 1e-4, 1e-5, 0.05
 """Of the largest gradient: another device adds up in another order, so do parts of a sequence."""
 _REMEDY = 'Please report it, with the block below; until then train with memory.stream = "never".'
 _LOSS_SCALE = 1024.0
-_FP16_FAMILIES = ("wan",)
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ def _family(family_id: str, bench: Bench) -> Iterator[Line]:
             noisy = Way("dropout", device, side, dropout=0.2)
             yield _compared("dropout, streamed", run(replace(mapped, dropout=0.2)), run(noisy), _NEAR_ITSELF)
         if bench.on_gpu:
-            dtypes = {bench.dtype} | ({torch.float16} if family_id in _FP16_FAMILIES else set())
-            for dtype in sorted(dtypes, key=str):
+            for dtype in (dtype for dtype in bench.dtypes_of(model.family) if dtype != torch.float32):
                 found = run(Way("half", device, side, dtype, scale=_LOSS_SCALE if dtype == torch.float16 else 1.0))
                 yield _in_half(str(dtype).removeprefix("torch."), found, resident)
 
