@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from .awake import awake
 from .environment import allow_determinism, go_offline, started_processes, use_memory_without_gaps
 from .errors import JobError, Problem, VideoTrainerError
 from .lock import FileLock, device_lock
@@ -75,8 +74,7 @@ def _train(run: Run) -> Outcome:
 
         step = run.latest_checkpoint()
         run.event("training" if step is None else "resumed", step=step or 0)
-        with awake():
-            return train(run)
+        return train(run)
     finally:
         lock.release()
 
