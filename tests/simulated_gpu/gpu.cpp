@@ -316,6 +316,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
                                                               const Tensor&, const Tensor&, double dropout, std::array<bool, 4>, bool causal, std::optional<double> scale) {
   const int d = q.get_device(); touch({grad, q, k, v, bias, out, lse}, "attention backward", d);
   std::optional<Tensor> mask; if (bias.defined()) mask = on_cpu(bias);
+  // A GPU's kernels add up the query's gradient in float32, in tiles of 128 rows, unless it is float32 itself, and keep a number for each row.
+  const auto tile = [](int64_t n, int64_t by) { return (n + by - 1) / by * by; }; const auto more = q.options().dtype(at::kFloat);
+  Tensor sums, rows = at::empty({q.size(0), q.size(1), q.size(2)}, more);
+  if (q.scalar_type() != at::kFloat) sums = at::empty({q.size(0), q.size(1), tile(q.size(2), 128), tile(q.size(3), 32)}, more);
+  op_now = "attention backward";
   auto [a, b, c] = at::_scaled_dot_product_flash_attention_for_cpu_backward(on_cpu(grad), on_cpu(q), on_cpu(k), on_cpu(v), on_cpu(out), on_cpu(lse), dropout, causal, mask, scale);
   return {on_gpu(a, d), on_gpu(b, d), on_gpu(c, d), Tensor()};
 }
