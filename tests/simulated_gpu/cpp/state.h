@@ -1,0 +1,72 @@
+// What the simulated GPUs know: their clocks, memory, and the report. All of it is guarded by `mu`.
+#pragma once
+#include <torch/extension.h>
+
+#include <map>
+#include <mutex>
+#include <set>
+#include <unordered_map>
+
+namespace py = pybind11;
+using at::Tensor;
+using c10::Device;
+using c10::IValue;
+using Lock = std::lock_guard<std::recursive_mutex>;
+
+constexpr int DEVICES = 4;
+constexpr int CLOCKS = 256;  // one for each stream; clock d (below DEVICES) is device d's default stream
+using Clock = std::array<uint64_t, CLOCKS>;
+
+struct Gpu {
+  size_t live = 0, peak = 0, cap = SIZE_MAX;  // bytes
+  long blocks = 0;
+};
+
+struct Access {  // of a storage, by an operator on a stream, at that stream's time
+  int stream = -1;
+  uint64_t at = 0;
+  std::string by;
+};
+
+struct Bytes {  // of a storage: who wrote it last, who has read it since, and what the allocator knows of it
+  Access wrote;
+  std::map<int, Access> read;
+  std::set<int> recorded;  // streams named by record_stream
+  int stream = 0;
+  int device = 0;
+  size_t size = 0;
+  std::string by;
+};
+
+std::recursive_mutex mu;
+int devices = 1, clocks = DEVICES;
+thread_local int device_now = 0;
+thread_local std::array<int, DEVICES> stream_now = {0, 1, 2, 3};
+thread_local std::string op_now;  // the operator that allocates
+std::array<Clock, CLOCKS> clock_of{};
+Clock host{};  // what the host has waited for
+std::array<int, CLOCKS> device_of{0, 1, 2, 3};
+std::array<Gpu, DEVICES> gpus;
+std::unordered_map<void*, Bytes> bytes_at;
+std::map<char*, size_t> registered, cached;  // pinned by cudaHostRegister, and by torch's caching host allocator
+size_t registered_bytes = 0, cached_bytes = 0, pin_cap = SIZE_MAX;
+std::vector<std::string> races, misplaced;
+std::map<std::string, long> host_waits_at, pageable, operators, contexts;
+std::map<std::pair<std::string, size_t>, int> snapshot;
+size_t snapshot_above = SIZE_MAX;
+long allocations = 0, fail_at = -1, fail_count = 0;
+std::string failed_in;
+std::array<at::Tensor, DEVICES> rng;
+
+// The innermost line of the project that is running, for the report. Call it without holding `mu`: it takes the GIL.
+std::string where() {
+  py::gil_scoped_acquire gil;
+  for (auto frame = py::reinterpret_steal<py::object>((PyObject*)PyThreadState_GetFrame(PyThreadState_Get())); frame && !frame.is_none();
+       frame = py::reinterpret_steal<py::object>((PyObject*)PyFrame_GetBack((PyFrameObject*)frame.ptr()))) {
+    std::string file = py::str(frame.attr("f_code").attr("co_filename"));
+    auto at = file.rfind("/trainers/");
+    if (at != std::string::npos && file.find("/tests/") == std::string::npos)
+      return file.substr(at + 10) + ":" + std::to_string(frame.attr("f_lineno").cast<int>());
+  }
+  return "elsewhere";
+}
