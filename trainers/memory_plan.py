@@ -38,8 +38,15 @@ NEARLY_EQUAL = 1.02
 CHUNKS = (1, 2, 4, 8)
 
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw_kahan": 6.0, "prodigy": 16.0}
-"""Of an optimizer's state for each trained number: two float32; two of 8 bits with a scale for 256; three bf16; four float32."""
+def optimizer_bytes(kind: str, numbers: int, byte_count: int) -> int:
+    """What an optimizer's state takes for trained numbers that take `byte_count` themselves; those in bf16 and float32 may be mixed.
+
+    adamw keeps two numbers more of their dtype, prodigy four; adamw8bit two of 8 bits with a scale for each 256 of them. adamw_kahan
+    keeps two, and for a number in bf16 a third.
+    """
+    in_bf16 = max(4 * numbers - byte_count, 0) // 2
+    found = {"adamw": 2 * byte_count, "adamw8bit": int(2.1 * numbers), "adamw_kahan": 2 * (byte_count + in_bf16), "prodigy": 4 * byte_count}
+    return found[kind]
 
 
 class Traced(Protocol):
@@ -171,7 +178,8 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
     forward, backward = (_seconds(work, machine) for work in (step.forward, step.backward))
     side_by_side = max(forward, way, inputs) + max(backward, way + inputs)
     one_pass = forward + backward + 2 * way + inputs if placement.slots == 1 else side_by_side
-    updated = model.parameters * (16 + 2 * OPTIMIZER_BYTES[job.optimizer.kind]) / machine.memory_rate
+    state = optimizer_bytes(job.optimizer.kind, model.parameters, model.parameter_bytes)
+    updated = (16 * model.parameters + 2 * state) / machine.memory_rate
     from_file = _weights_rate(machine, replace(arrangement, host="mapped"), model, host)
     read_anew = placement.device_bytes + model.beside + (streamed if arrangement.host == "pinned" else 0)
     change = read_anew / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
@@ -179,7 +187,7 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
         arrangement,
         placement,
         weights_bytes=placement.device_bytes + model.beside,
-        trained_bytes=int(model.trained * (model.parameter_bytes + model.parameters * OPTIMIZER_BYTES[job.optimizer.kind])),
+        trained_bytes=model.trained * (model.parameter_bytes + state),
         step_bytes=max(step.peak_bytes, 2 * model.parameter_bytes),
         host_bytes=host,
         compute_seconds=forward + backward,
