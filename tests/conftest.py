@@ -1,4 +1,5 @@
-"""One thread for each process: two processes of two threads on two cores are ten times slower, and sums depend on the number.
+"""One thread for each process, unless the environment says another number: two processes of two threads on two cores are ten
+times slower.
 
 With `-n 2` the tests of a real ComfyUI's server and page all run in one process, so that they share them; those that call
 ComfyUI's code alone (`test_native_*`) run together, too, in whichever process is free.
