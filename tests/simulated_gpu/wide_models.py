@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_families import tiny_config, filled, write_encoded_of
+from tiny_families import filled, tiny_config, write_encoded_of
 
-from trainers.family import Family, Variant
+from simulated_gpu.plans import Cell
+from trainers.family import Family, Variant, families
 from trainers.job import Job, parse_job
 from trainers.load import native_state
 from trainers.stable_file import save_file
 
+VARIANTS = {variant.id: (family, variant) for family in families().values() for variant in family.variants}
 WIDE: dict[str, dict[str, Any]] = {
-    "wan": {"num_attention_heads": 2, "ffn_dim": 1024, "num_layers": 5},
-    "ltx": {"num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256, "num_layers": 5},
-    "hunyuan": {"num_attention_heads": 2, "num_layers": 3, "num_single_layers": 4},
-    "mochi": {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 5},
+    "wan": {"num_attention_heads": 2, "ffn_dim": 1024, "num_layers": 4},
+    "ltx": {"num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256, "num_layers": 4},
+    "hunyuan": {"num_attention_heads": 2, "num_layers": 2, "num_single_layers": 4},
+    "mochi": {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 4},
 }
 LATENT_SIDES = {"wan": (20, 24), "ltx": (10, 12), "hunyuan": (20, 24), "mochi": (20, 24)}
 """Height and width of the latents of three frames: 360 tokens."""
@@ -49,6 +51,11 @@ def _as_fp8_scaled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
+def job_of(cell: Cell, files: Path, folder: Path) -> Job:
+    """The job of a cell on the GPU; what is in `files` already is taken as it is."""
+    return wide_job(files, folder, *VARIANTS[cell.variant], cell.stored, **cell.fields)
+
+
 def wide_job(files: Path, folder: Path, family: Family, variant: Variant, stored: str, **fields: Any) -> Job:
     """A job on the GPU over a wide base; what is in `files` already is taken as it is."""
     stride = family.latent(variant).spatial_stride
@@ -72,11 +79,10 @@ def wide_job(files: Path, folder: Path, family: Family, variant: Variant, stored
         "loras_folder": str(folder / "loras"),
         "device": "cuda:0",
         "precision": "fp32" if stored == "float32" else "bf16",
-        "steps": 8,
+        "steps": 100,
         "batch_size": 1,
-        "lora": {"rank": 4},
         "tensorboard": False,
         "held_out": {"every_steps": 0},
         "experts": {"turn_steps": 1} if len(bases) == 2 else {},
     }
-    return parse_job(values | fields)
+    return parse_job(values | ({} if fields.get("method") == "full" else {"lora": {"rank": 4}}) | fields)
