@@ -33,9 +33,9 @@ def rounded(byte_count: int) -> int:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages made on devices of a type while it is entered, from their making until nothing refers to them.
 
-    `live` and `peak` are bytes, of each storage as the allocator rounds them. What was there before does not count: name it in `known`. What an operator takes for itself
-    and gives back before it returns is not seen. `flops` are those of matrix products (two for each multiply-add),
-    `moved_bytes` what all other operators read and write.
+    `live` and `peak` are bytes, each storage's rounded as the allocator does. What was there before does not count: name it in
+    `known`. What an operator takes for itself and gives back before it returns is not seen. `flops` are those of matrix products
+    (two for each multiply-add), `moved_bytes` what all other operators read and write.
     """
 
     def __init__(self, device_type: str, known: Iterable[torch.Tensor] = ()) -> None:

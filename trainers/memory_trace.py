@@ -1,8 +1,8 @@
 """What a training step takes of its device, found by running it: the real model, batch, loss and backward pass on the meta device.
 
 No family is described here a second time. The transformer is loaded without its tensors' values, gets its LoRA, and answers for
-the largest batch of the job while every storage is counted from its making to its end. What of a card this does not show: what
-kernels allocate for themselves (cuBLAS, cuDNN), rounding and fragmentation of the caching allocator. `memory_plan` reserves for these.
+the largest batch of the job while every storage is counted from its making to its end. What of a GPU this does not show: what
+kernels allocate for themselves (cuBLAS, cuDNN), and fragmentation of the caching allocator. `memory_plan` reserves for these.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ def write_base(path: Path, family: Family, variant: Variant, stored: str) -> Pat
         config["added_kv_proj_dim"] = 256
     state = native_state(filled(family.build(config)).state_dict(), family.keys)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(_as_fp8_scaled(state) if stored == "fp8_scaled" else {name: tensor.to(STORED[stored]) for name, tensor in state.items()}, path)
+    save_file(
+        _as_fp8_scaled(state) if stored == "fp8_scaled" else {name: tensor.to(STORED[stored]) for name, tensor in state.items()}, path
+    )
     return path
 
 
