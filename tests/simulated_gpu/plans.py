@@ -18,8 +18,9 @@ from trainers.job import Job
 from trainers.job_memory import JobTrace
 from trainers.memory_plan import MemoryPlan, choose
 from trainers.offload.placement import SLOTS
+from trainers.previews import Previews
 from trainers.run import Run
-from trainers.trainer import optimize
+from trainers.trainer import held_out_clips, optimize
 from trainers.training import Training, open_training
 
 _ALWAYS = {"stream": "always", "chunks": 1}
@@ -129,6 +130,26 @@ def compared(job: Job, arrangements: Sequence[str]) -> Iterator[Compared]:
             gpu.module.reset_peak(0)
             _train(training, experts)
             yield Compared(name, plan.price.device_bytes, gpu.peak_bytes() - before)
+
+
+def compared_apart(job: Job) -> Iterator[Compared]:
+    """Of a job with previews and held-out clips: a preview, and the held-out loss, beside what a step takes."""
+    forget_accelerate()
+    before = gpu.live_bytes()
+    training = open_training(Run.create(job))
+    with closing(training):
+        assert training.plan is not None
+        assert training.plan.previews is not None
+        plan = training.plan.previews
+        _train(training, len(training.trained))
+        previews, held_out = Previews.of(training), held_out_clips(training)
+        gpu.module.reset_peak(0)
+        assert held_out.loss(training.transformer_at, training.device, training.dtype)
+        yield Compared("held-out loss", training.plan.price.device_bytes, gpu.peak_bytes() - before)
+        gpu.module.reset_peak(0)
+        previews.write_if_due(training.step, last=True)
+        assert list(training.run.samples_folder.glob("*.mp4"))
+        yield Compared("preview", max(plan.sampling_bytes, plan.decoding_bytes or 0), gpu.peak_bytes() - before)
 
 
 def _train(training: Training, steps: int) -> None:

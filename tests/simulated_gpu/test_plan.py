@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from simulated_gpu import wide_models
-from simulated_gpu.plans import Cell, cells, compared
+from simulated_gpu.plans import Cell, cells, compared, compared_apart
 from trainers.offload import blocks
 
 
@@ -33,3 +33,21 @@ def test_a_plan_is_the_peak(cell: Cell, files: Path, tmp_path: Path) -> None:
     wrong = [str(one) for one in found if not one.is_right]
     assert not wrong, f"arrangement | planned MiB | peak MiB | ratio: {'; '.join(wrong)}"
     assert len(found) == len(cell.arrangements)
+
+
+@pytest.mark.parametrize(
+    ("variant", "size_factor"),
+    [
+        pytest.param("wan2.1-t2v", 1),
+        pytest.param("wan2.2-ti2v", 1, marks=pytest.mark.matrix),
+        pytest.param("ltxv-2b-0.9.5", 1, marks=pytest.mark.matrix),
+        pytest.param("hunyuan-t2v", 1, marks=pytest.mark.matrix),
+        pytest.param("mochi-1-preview", 1, marks=pytest.mark.matrix),
+    ],
+)
+def test_previews_and_held_out_loss_take_what_is_planned(variant: str, size_factor: int, files: Path, tmp_path: Path) -> None:
+    """No held-out clip takes more than a step; a preview takes what the plan says of sampling and of decoding, whichever is more."""
+    job = wide_models.job_with_previews(variant, files, tmp_path, size_factor)
+    held_out, preview = compared_apart(job)
+    assert held_out.peak <= held_out.planned
+    assert preview.is_right, str(preview)

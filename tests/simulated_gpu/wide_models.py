@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_families import filled, tiny_config, write_encoded_of
+from tiny_families import filled, tiny_config, write_encoded_of, write_native_vae
 
 from simulated_gpu.plans import Cell
 from trainers.family import Family, Variant, families
@@ -58,7 +58,21 @@ def job_of(cell: Cell, files: Path, folder: Path) -> Job:
     return wide_job(files, folder, *VARIANTS[cell.variant], cell.stored, **cell.fields)
 
 
-def wide_job(files: Path, folder: Path, family: Family, variant: Variant, stored: str, **fields: Any) -> Job:
+def job_with_previews(variant: str, files: Path, folder: Path, size_factor: int, **fields: Any) -> Job:
+    """A job with one preview of as many frames as the clips, with sides so many times as long, and a clip that is held out."""
+    family, found = VARIANTS[variant]
+    latent, (height, width) = family.latent(found), LATENT_SIDES[family.id]
+    vae = next(vae for vae in family.vaes if vae.fits(found))
+    path = folder / "vae.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_native_vae(path, family, vae)
+    sides = {"height": size_factor * height * latent.spatial_stride, "width": size_factor * width * latent.spatial_stride}
+    previews = {"every_steps": 1, "prompts": [""], "negative": "", "sampling_steps": 1, "shift": 1.0, "cfg": 2.0} | sides
+    previews["num_frames"] = 2 * latent.temporal_stride + 1
+    return wide_job(files, folder, family, found, "float32", previews=previews, held_out={"every_steps": 1}, vae=str(path), **fields)
+
+
+def wide_job(files: Path, folder: Path, family: Family, variant: Variant, stored: str, vae: str | None = None, **fields: Any) -> Job:
     """A job on the GPU over a wide base; what is in `files` already is taken as it is."""
     stride = family.latent(variant).spatial_stride
     encoded = files / f"{variant.id}-encoded"
@@ -70,7 +84,11 @@ def wide_job(files: Path, folder: Path, family: Family, variant: Variant, stored
     for path in bases:
         if not path.exists():
             write_base(path, family, variant, stored)
-    base = {"transformer": str(bases[0]), **({"variant": variant.id} if family.id in ("wan", "hunyuan") else {})}
+    base = {
+        "transformer": str(bases[0]),
+        **({"vae": vae} if vae else {}),
+        **({"variant": variant.id} if family.id in ("wan", "hunyuan") else {}),
+    }
     if len(bases) == 2:
         base["transformer_low_noise"] = str(bases[1])
     values = {
