@@ -1,6 +1,6 @@
 """A plan of memory beside what training takes: the most that is allocated on the simulated GPU, arrangement by arrangement.
 
-`python -m simulated_gpu.plans` (in `tests/`, with the simulated GPU on PYTHONPATH) prints all of it as a table of Markdown.
+`PYTHONPATH=tests/simulated_gpu/site:.:tests:tests/trainers python tests/simulated_gpu/plan_results.py` prints all of it as a table.
 """
 
 from __future__ import annotations

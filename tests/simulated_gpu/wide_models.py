@@ -78,7 +78,7 @@ def wide_job(files: Path, folder: Path, family: Family, variant: Variant, stored
     encoded = files / f"{variant.id}-encoded"
     if not encoded.exists():
         height, width = LATENT_SIDES[family.id]
-        write_encoded_of(encoded, family, variant, 4, 1, (height * stride, width * stride))
+        write_encoded_of(encoded, family, variant, 5, 1, (height * stride, width * stride))
     experts = ("high", "low") if variant.boundary is not None else ("",)
     bases = [files / f"{variant.id}_{expert}_{stored}.safetensors" for expert in experts]
     for path in bases:
