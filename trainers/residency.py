@@ -6,7 +6,8 @@ Nothing is copied back, since nothing of it changes. Trained parameters are not 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from .offload.blocks import Blocks
 from .offload.chunks import in_chunks, rest_at_ends
 from .offload.compiled import compiled
 from .offload.copies import copies_of
+from .offload.host import HostWeights
 from .offload.layout import BlockLayout, bind, frozen_linears
+from .offload.pinned import PinnedMemory, give_back_pinned_cache
 from .offload.placement import Placement, place
 from .offload.stream import Stream
 
@@ -29,9 +32,27 @@ def blocks_of(transformer: nn.Module, family: Family) -> list[nn.Module]:
     return [block for name in family.blocks for block in transformer.get_submodule(name).children()]
 
 
-def arena_for(device: torch.device) -> Arena:
-    """Host memory for inputs of blocks on a device; it takes none before there is something to keep."""
-    return Arena(copies_of(device), device)
+@dataclass(frozen=True)
+class HostSide:
+    """What the transformers of a training share of host memory, since one of them at a time is on the device.
+
+    It takes none before there is something to keep.
+    """
+
+    memory: PinnedMemory
+    arena: Arena
+    weights: HostWeights
+
+    @classmethod
+    def of(cls, memory: PinnedMemory) -> HostSide:
+        return cls(memory, Arena(copies_of(memory.device), memory.device, memory), HostWeights(memory))
+
+    def close(self) -> None:
+        """Gives all of it back; no transformer may be on the device."""
+        with ExitStack() as closing:
+            closing.callback(give_back_pinned_cache, self.memory.device)
+            closing.callback(self.weights.close_idle)
+            closing.callback(self.arena.close)
 
 
 class Residency:
@@ -49,18 +70,17 @@ class Residency:
         arrangement: Arrangement,
         *,
         random: bool = False,
-        arena: Arena | None = None,
+        host: HostSide | None = None,
     ) -> None:
         """`transformer` lies on the CPU; what it holds now is frozen. `random`: it draws dropout in training.
 
-        `arena`: where inputs of blocks wait in host memory, shared with transformers that are not on the device at the same
-        time; None: one of its own.
+        `host`: host memory that is shared with transformers that are not on the device at the same time; None: its own.
         """
         self._device = device
         self._modules = blocks_of(transformer, family)
         self._chunked = family.chunked
         self._random = random
-        self._arena = arena_for(device) if arena is None else arena
+        self._host = HostSide.of(PinnedMemory(device)) if host is None else host
         self._layouts = [BlockLayout.of(block) for block in self._modules]
         self._others = list(_others(transformer, self._modules))
         in_chunks(self._modules, self._chunked, arrangement.chunks, random)
@@ -99,19 +119,19 @@ class Residency:
             self._bind_all(index, self._device)
         if placement.streamed:
             copies = copies_of(self._device)
-            self._blocks.stream = Stream(self._layouts, placement, self.arrangement.host, copies, self._device)
+            kept, weights = self.arrangement, self._host.weights
+            self._blocks.stream = Stream(self._layouts, placement, kept.host, copies, self._device, weights, kept.most_pinned_bytes)
 
     def leave(self) -> None:
         """Gives the device's memory back."""
         self._entered = False
-        if self._blocks.stream is not None:
-            self._blocks.stream.close()
-            self._blocks.stream = None
-        if self._blocks.arena is not None:
-            self._blocks.arena.reset()
-        _put(self._others, torch.device("cpu"))
-        for layout in self._layouts:
-            bind(layout.on_host())
+        stream, self._blocks.stream = self._blocks.stream, None
+        with ExitStack() as leaving:
+            leaving.callback(self._back_on_host)
+            if self._blocks.arena is not None:
+                leaving.callback(self._blocks.arena.reset)
+            if stream is not None:
+                leaving.callback(stream.close)
 
     def rearrange(self, arrangement: Arrangement) -> None:
         """Keeps the transformer otherwise from now on; between two steps only."""
@@ -122,14 +142,19 @@ class Residency:
         if entered:
             self.enter()
 
+    def _back_on_host(self) -> None:
+        _put(self._others, torch.device("cpu"))
+        for layout in self._layouts:
+            bind(layout.on_host())
+
     def _apply(self) -> None:
         """What of the arrangement does not depend on being on the device."""
         wanted = self.arrangement
         self._blocks.checkpointing = wanted.checkpointing
         in_chunks(self._modules, self._chunked, wanted.chunks, self._random)
         if wanted.activations == "device" and self._blocks.arena is not None:
-            self._arena.close()
-        self._blocks.arena = self._arena if wanted.activations == "host" else None
+            self._host.arena.close()
+        self._blocks.arena = self._host.arena if wanted.activations == "host" else None
 
     def _bind_all(self, index: int, device: torch.device) -> None:
         bind(

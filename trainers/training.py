@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
+from .errors import LoraError, RunError
 from .experts import Expert, Turn, expert_at, experts_of, turn_of
 from .family import Detection, Family, Variant, detect
 from .job import Job
@@ -21,13 +23,13 @@ from .job_memory import check_chunks, plan_memory
 from .load import load_transformer
 from .memory_plan import MemoryPlan
 from .method import Method, method_of
-from .offload.activations import Arena
 from .offload.arrangement import Arrangement
+from .offload.pinned import PinnedMemory
 from .offload.placement import SLOTS
 from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
-from .residency import Residency, arena_for
+from .residency import HostSide, Residency
 from .run import Run
 from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
 
@@ -69,13 +71,15 @@ class Training:
     device: torch.device
     """With an index where it is CUDA; `accelerator.device` has none."""
     dtype: torch.dtype
-    arena: Arena
+    host: HostSide
     plan: MemoryPlan | None = None
     """What was planned of the card's memory; None: there is no card."""
     step: int = 0
     skipped_steps: int = 0
     """How many of the last steps a loss scaler skipped, one after the other."""
     resident: Learner | None = None
+    unsaved: str = ""
+    """Why the files of the latest checkpoint are not there; "" when they are."""
 
     @property
     def position(self) -> Position:
@@ -107,15 +111,16 @@ class Training:
 
     def make_way(self) -> None:
         """Gives the device's memory back that frozen weights take; they come again when a transformer is asked for."""
-        if self.resident:
-            self.resident.residency.leave()
-            self.resident = None
+        resident, self.resident = self.resident, None
+        if resident:
+            resident.residency.leave()
 
     def close(self) -> None:
         """Ends the batch thread and gives back the device's memory and all pinned memory."""
-        self.batches.close()
-        self.make_way()
-        self.arena.close()
+        with ExitStack() as closing:
+            closing.callback(self.host.close)
+            closing.callback(self.make_way)
+            closing.callback(self.batches.close)
 
     def _make_resident(self, learner: Learner) -> None:
         if self.resident is learner:
@@ -148,8 +153,9 @@ def open_training(run: Run) -> Training:
     samples = Samples.of(job, detection.family, detection.variant, encoded, device, DTYPES[precision])
     plan = _planned(job, detection, samples)
     arrangement = plan.arrangement if plan else arrangement_of(job)
-    arena = arena_for(device)
-    learners = tuple(_learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, arena) for expert in experts)
+    host = HostSide.of(_pinned_memory(run, job, device, plan))
+    samples = replace(samples, memory=host.memory)
+    learners = tuple(_learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, host) for expert in experts)
     training = Training(
         run=run,
         job=job,
@@ -164,11 +170,14 @@ def open_training(run: Run) -> Training:
         total_steps=samples.total_steps,
         device=device,
         dtype=DTYPES[precision],
-        arena=arena,
+        host=host,
         plan=plan,
     )
-    _restore(training)
-    _start_trackers(training)
+    with ExitStack() as undo:
+        undo.callback(training.close)
+        _restore(training)
+        _start_trackers(training)
+        undo.pop_all()
     return training
 
 
@@ -180,6 +189,12 @@ def _planned(job: Job, detection: Detection, samples: Samples) -> MemoryPlan | N
     share = min(plan.machine.free_bytes / plan.machine.total_bytes, 1.0)
     torch.cuda.set_per_process_memory_fraction(share, samples.device)
     return plan
+
+
+def _pinned_memory(run: Run, job: Job, device: torch.device, plan: MemoryPlan | None) -> PinnedMemory:
+    """What the training may pin: as much as the plan allows, unless the job asks for "pinned" by itself. Refusals are events."""
+    limit_bytes = plan.machine.pinnable_bytes if plan and job.memory.host != "pinned" else None
+    return PinnedMemory(device, limit_bytes, lambda message: run.event("memory", message=message))
 
 
 def arrangement_of(job: Job) -> Arrangement:
@@ -209,7 +224,7 @@ def _learner(
     device: torch.device,
     dtype: torch.dtype,
     arrangement: Arrangement,
-    arena: Arena,
+    host: HostSide,
 ) -> Learner:
     """An expert with what is trained of it and its optimizer. It waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
@@ -222,7 +237,7 @@ def _learner(
     check_chunks(job, transformer, detection.family)
     use_attention(transformer, job.speed.attention)
     parameters = method.inject(transformer, device) if expert.trained else []
-    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0, arena=arena)
+    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0, host=host)
     if arrangement.weights_bytes == 0:  # all blocks are streamed, as the job says: through a whole ring
         residency.rearrange(replace(arrangement, weights_bytes=SLOTS * max(residency.block_bytes, default=0)))
     rate = job.optimizer.learning_rate
@@ -235,23 +250,65 @@ def _learner(
 
 
 def save_checkpoint(training: Training) -> None:
-    """Writes the checkpoint of the present step, then its LoRA or model files, and drops the oldest checkpoints."""
-    run, step, method, scaler = training.run, training.step, training.method, training.accelerator.scaler
+    """Writes the checkpoint of the present step, then its LoRA or model files, and drops the oldest checkpoints.
+
+    What cannot be written (the disk is full, another program holds a file) is no reason to lose the training: the run's events
+    and `training.unsaved` say it, and the next checkpoint is another chance.
+    """
+    run, step, last = training.run, training.step, training.step == training.total_steps
     files = [lora_path(run, step, learner.expert) for learner in training.trained]
     known = step in run.checkpoints() and all(file.exists() for file in files)
-    if step not in run.checkpoints():
-        learnt = {
-            learner.expert.name: Learnt(method.tensors(learner.transformer), learner.optimizer.state_dict()) for learner in training.trained
-        }
-        with run.writing_checkpoint(step) as folder:
-            save_state(folder, training.position, method.state_file, learnt, scaler.state_dict() if scaler else None)
-    if not known:
-        for file, learner in zip(files, training.trained, strict=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            method.write(file, learner.transformer, learner.expert, learner.expert.named(run.name), step)
-        names = [file.name for file in files]
-        run.event("checkpoint", step=step, **{method.event_field: names[0]}, **({"loras": names} if names[1:] else {}))
+    training.unsaved = ""
+    if not known and not _written(training, f"the checkpoint of step {step}", lambda: _write_state(training)) and not last:
+        return  # a LoRA without its checkpoint would be in the way of this step's LoRA after a resume
+    if not known and not _written(training, f"{files[0].name} in {files[0].parent}", lambda: _write_outputs(training, files)):
+        return
+    training.unsaved = ""  # of the last step, what was trained for is there; only `start.extends` cannot begin at it
     run.prune_checkpoints(training.job.checkpoints.keep_last)
+
+
+def check_saved(training: Training) -> None:
+    """Raises RunError when what the last step should have left is not there: such a run is not done."""
+    if training.unsaved:
+        raise RunError(
+            f"All {training.step} steps are done, but {training.unsaved}. Free disk space, or close or move what is in the way, then "
+            f"resume the run: it starts from step {training.run.latest_checkpoint() or 0}."
+        )
+
+
+def _written(training: Training, what: str, write: Callable[[], None]) -> bool:
+    """Whether `write` could write; if not, the run's events and `training.unsaved` say why."""
+    try:
+        write()
+    except (OSError, LoraError) as error:
+        why = error.__cause__ if isinstance(error, LoraError) else error
+        if not isinstance(why, OSError):
+            raise
+        training.unsaved = f"{what} could not be saved: {why}"
+        good = training.run.latest_checkpoint() or 0
+        training.run.event("warning", step=training.step, message=f"{training.unsaved}; a resume would start from step {good}")
+        return False
+    return True
+
+
+def _write_state(training: Training) -> None:
+    run, step, method, scaler = training.run, training.step, training.method, training.accelerator.scaler
+    if step in run.checkpoints():
+        return
+    learnt = {
+        learner.expert.name: Learnt(method.tensors(learner.transformer), learner.optimizer.state_dict()) for learner in training.trained
+    }
+    with run.writing_checkpoint(step) as folder:
+        save_state(folder, training.position, method.state_file, learnt, scaler.state_dict() if scaler else None)
+
+
+def _write_outputs(training: Training, files: Sequence[Path]) -> None:
+    run, step, method = training.run, training.step, training.method
+    for file, learner in zip(files, training.trained, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        method.write(file, learner.transformer, learner.expert, learner.expert.named(run.name), step)
+    names = [file.name for file in files]
+    run.event("checkpoint", step=step, **{method.event_field: names[0]}, **({"loras": names} if names[1:] else {}))
 
 
 def lora_path(run: Run, step: int, expert: Expert | None = None) -> Path:

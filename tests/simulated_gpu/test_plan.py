@@ -7,6 +7,7 @@ the host that the GPU has memory for.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,14 @@ def small_inputs_are_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_WORTH_COPYING_BYTES", 0)
 
 
-@pytest.mark.parametrize("cell", [pytest.param(cell, id=str(cell), marks=[pytest.mark.matrix] if cell.every else []) for cell in cells()])
+def _parameter(cell: Cell) -> Any:
+    marks = [pytest.mark.matrix] if cell.every else []
+    if cell.too_high:
+        marks.append(pytest.mark.xfail(reason=cell.too_high, strict=True, raises=AssertionError))
+    return pytest.param(cell, id=str(cell), marks=marks)
+
+
+@pytest.mark.parametrize("cell", map(_parameter, cells()))
 def test_a_plan_is_the_peak(cell: Cell, files: Path, tmp_path: Path) -> None:
     """Without the batch and each allocation's rounding, plans were up to 13 % (TI2V 5B) and 19 % (Mochi) under."""
     found = list(compared(wide_models.job_of(cell, files, tmp_path), cell.arrangements))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .linear import FrozenLinear
+from .mapped_file import FileRange, range_of
 
 _ALIGNMENT = 256
 """Bytes: what CUDA's own allocations are aligned to, and more than any kernel asks of a tensor."""
@@ -19,12 +20,13 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a frozen Linear: where it lies in the run, and the tensor itself in host memory."""
+    """One tensor of a frozen Linear: where it lies in the run, the tensor itself in host memory, and its file if it is mapped."""
 
     linear: FrozenLinear
     name: str
     start: int
     host: torch.Tensor
+    source: FileRange | None = None
 
     @property
     def stop(self) -> int:
@@ -44,14 +46,26 @@ class BlockLayout:
         pieces, start = [], 0
         for linear in frozen_linears(block):
             for name, tensor in linear.stored_tensors().items():
-                pieces.append(Piece(linear, name, start, tensor.detach()))
+                pieces.append(Piece(linear, name, start, tensor.detach(), range_of(tensor)))
                 start += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         return cls(tuple(pieces), start)
 
-    def write(self, run: torch.Tensor) -> None:
-        """Copies the host's tensors into a flat run of bytes (uint8, at least `nbytes` long) in host memory."""
+    @property
+    def in_file(self) -> bool:
+        """Whether some of it can be read from the model's file."""
+        return any(piece.source is not None for piece in self.pieces)
+
+    def write(self, run: torch.Tensor, from_file: bool = False) -> None:
+        """Fills a flat run of bytes (uint8, at least `nbytes` long) in host memory with the host's tensors.
+
+        They are copied from where they are (mapped files come page by page, as they are touched), or, `from_file`, read from
+        their file if they have one. The bytes are the same.
+        """
         for piece, part in zip(self.pieces, self._parts(run), strict=True):
-            part.copy_(piece.host)
+            if from_file and piece.source is not None:
+                piece.source.read_into(run[piece.start : piece.stop])
+            else:
+                part.copy_(piece.host)
 
     def views(self, run: torch.Tensor) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
         """Each Linear with its tensors in a flat run of bytes."""
