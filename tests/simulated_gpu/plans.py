@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,7 @@ class Compared:
 def compared(job: Job, arrangements: Sequence[str]) -> Iterator[Compared]:
     """Trains the job in each of the arrangements, a step of every expert."""
     forget_accelerate()
+    gc.collect()  # what an earlier training left would count, and be freed meanwhile
     before = gpu.live_bytes()
     training = open_training(Run.create(job))
     with closing(training):
@@ -135,6 +137,7 @@ def compared(job: Job, arrangements: Sequence[str]) -> Iterator[Compared]:
 def compared_apart(job: Job) -> Iterator[Compared]:
     """Of a job with previews and held-out clips: a preview, and the held-out loss, beside what a step takes."""
     forget_accelerate()
+    gc.collect()  # what an earlier training left would count, and be freed meanwhile
     before = gpu.live_bytes()
     training = open_training(Run.create(job))
     with closing(training):
