@@ -32,7 +32,7 @@ def _parameter(cell: Cell) -> Any:
     return pytest.param(cell, id=str(cell), marks=marks)
 
 
-@pytest.mark.parametrize("cell", map(_parameter, cells()))
+@pytest.mark.parametrize("cell", [_parameter(cell) for cell in cells()])
 def test_a_plan_is_the_peak(cell: Cell, files: Path, tmp_path: Path) -> None:
     """Without the batch and each allocation's rounding, plans were up to 13 % (TI2V 5B) and 19 % (Mochi) under."""
     found = list(compared(wide_models.job_of(cell, files, tmp_path), cell.arrangements))
