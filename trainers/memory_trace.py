@@ -126,6 +126,14 @@ class ModelBytes:
     trained: int = 1
 
 
+@dataclass(frozen=True)
+class Traces:
+    """What a Tracer found, by batch and arrangement."""
+
+    steps: dict[str, StepTrace] = field(default_factory=dict)
+    sampled: dict[str, int] = field(default_factory=dict)
+
+
 class Tracer:
     """One transformer with its LoRA on the meta device, asked again and again.
 
@@ -144,17 +152,19 @@ class Tracer:
         kernels: Kernels = AMPERE,
         accumulation: int = 1,
         whole: bool = False,
+        known: Traces | None = None,
     ) -> None:
         """`transformer` lies on the meta device, frozen, its Linears as they will be kept; `inject` makes what is trained of it.
 
-        `dtype` is what it computes in; with `accumulation`, gradients of an earlier pass are there already.
+        `dtype` is what it computes in; with `accumulation`, gradients of an earlier pass are there already. `known`: results of
+        an earlier tracer of the very same, added to.
         """
         self._family, self._variant, self._transformer, self._dtype = family, variant, transformer.train(), dtype
         self._kernels, self._accumulation = kernels, accumulation
         self._lists = {name: list(transformer.get_submodule(name).children()) for name in family.blocks}
         self._whole = whole
-        self._known: dict[str, StepTrace] = {}
-        self._sampled: dict[str, int] = {}
+        known = known or Traces()
+        self._known, self._sampled = known.steps, known.sampled
         self.model = self._model(inject)
 
     def step(self, shape: StepShape, arrangement: Arrangement) -> StepTrace:
