@@ -1,8 +1,8 @@
 """What a training step takes of its device, found by running it: the real model, batch, loss and backward pass on the meta device.
 
 No family is described here a second time. The transformer is loaded without its tensors' values, gets its LoRA, and answers for
-the largest batch of the job while every storage is counted from its making to its end. What of a card this does not show: what
-kernels allocate for themselves (cuBLAS, cuDNN), rounding and fragmentation of the caching allocator. `memory_plan` reserves for these.
+the largest batch of the job while every storage is counted from its making to its end. What of a GPU this does not show: what
+kernels allocate for themselves (cuBLAS, cuDNN), and fragmentation of the caching allocator. `memory_plan` reserves for these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from .batches import Batch
 from .card_kernels import AMPERE, Kernels, imitated
 from .family import Conditions, Family, TextRecord, Variant
-from .live_bytes import LiveBytes
+from .live_bytes import LiveBytes, allocated_bytes
 from .offload.activations import Arena
 from .offload.arrangement import Arrangement
 from .offload.blocks import Blocks
@@ -84,7 +84,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What a forward and a backward pass take beside weights, LoRA and batch, gradients included.
+    """What a forward and a backward pass take beside weights and LoRA, their batch and the gradients included.
 
     `peak_bytes` is the most at any moment. `inputs_bytes` are the inputs of all blocks, which are kept with checkpointing (on the
     device, as a part of the peak, or on the host).
@@ -218,10 +218,10 @@ class Tracer:
         inject(self._transformer)
         rest_at_ends(self._transformer, modules, self._family.chunked)
         trained = list(_trained(self._transformer))
-        frozen = sum(map(_bytes, _frozen(self._transformer)))
+        frozen = sum(map(allocated_bytes, _frozen(self._transformer)))
         adapters = sum("lora_A" in name for name, _ in self._transformer.named_parameters())
         numbers = sum(parameter.numel() for parameter in trained)
-        return ModelBytes(blocks, weights, frozen - sum(blocks), adapters, numbers, sum(map(_bytes, trained)))
+        return ModelBytes(blocks, weights, frozen - sum(blocks), adapters, numbers, sum(map(allocated_bytes, trained)))
 
 
 _FEW, _FEW_WITH_ARENA = 2, 5
@@ -258,9 +258,10 @@ def trace_step(
         before = Work(counter.flops, counter.attention_flops, counter.moved_bytes)
         loss.backward()  # type: ignore[no-untyped-call]
     after = Work(counter.flops, counter.attention_flops, counter.moved_bytes)
-    gradients = sum(_bytes(parameter) for parameter in trained) if accumulation > 1 else 0
+    there = [*_tensors_of(batch), *(trained if accumulation > 1 else ())]  # the second ones stand for gradients
     _set_gradients(trained, False)
-    return StepTrace(counter.peak + gradients, inputs.total() if arrangement.checkpointing else 0, before, after.plus(before, -1))
+    peak = counter.peak + sum(map(allocated_bytes, there))
+    return StepTrace(peak, inputs.total() if arrangement.checkpointing else 0, before, after.plus(before, -1))
 
 
 def trace_sampling(
@@ -385,7 +386,3 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield from chain.from_iterable(map(_tensors_in, value))
     elif isinstance(value, Mapping):
         yield from chain.from_iterable(map(_tensors_in, value.values()))
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.itemsize

@@ -23,7 +23,7 @@ from .flow import derived_seed
 from .job import Job
 from .job_memory import largest_size
 from .lora_keys import listed
-from .memory_plan import OPTIMIZER_BYTES
+from .memory_plan import optimizer_bytes
 from .memory_report import reasons
 from .offload.arrangement import Arrangement
 from .offload.placement import place
@@ -272,8 +272,9 @@ def probe(training: Training, budget_bytes: int | None = None, meter: Meter | No
 def unmade_bytes(training: Training) -> int:
     """What optimizers will take that have made no step yet."""
     waiting = [learner for learner in training.trained if not learner.optimizer.state]
-    each = OPTIMIZER_BYTES[training.job.optimizer.kind]
-    return int(each * sum(parameter.numel() for learner in waiting for parameter in learner.parameters))
+    parameters = [parameter for learner in waiting for parameter in learner.parameters]
+    numbers, byte_count = sum(parameter.numel() for parameter in parameters), sum(parameter.nbytes for parameter in parameters)
+    return optimizer_bytes(training.job.optimizer.kind, numbers, byte_count)
 
 
 def _corrected(training: Training, budget_bytes: int, peak_bytes: int) -> Arrangement | None:
