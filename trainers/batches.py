@@ -29,8 +29,8 @@ class Batch:
     conditions: Conditions
 
     def pinned(self) -> Batch:
-        """The same in page-locked memory, from which a card copies by itself."""
-        return self._each(torch.Tensor.pin_memory)
+        """The same in page-locked memory, from which a GPU copies by itself: only what lies there in one piece."""
+        return self._each(lambda tensor: tensor.contiguous().pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device. From pinned memory nothing waits: the copies are queued before what uses them."""

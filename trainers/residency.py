@@ -5,9 +5,9 @@ Nothing is copied back, since nothing of it changes. Trained parameters are not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import nn
@@ -18,10 +18,11 @@ from .offload.arrangement import Arrangement
 from .offload.blocks import Blocks
 from .offload.chunks import in_chunks, rest_at_ends
 from .offload.compiled import compiled
-from .offload.copies import copies_of
+from .offload.copies import Copies, copies_of
 from .offload.layout import BlockLayout, bind, frozen_linears
 from .offload.placement import Placement, place
 from .offload.stream import Stream
+from .offload.upload import in_runs, upload
 
 
 def blocks_of(transformer: nn.Module, family: Family) -> list[nn.Module]:
@@ -50,17 +51,19 @@ class Residency:
         *,
         random: bool = False,
         arena: Arena | None = None,
+        copies: Copies | None = None,
     ) -> None:
         """`transformer` lies on the CPU; what it holds now is frozen. `random`: it draws dropout in training.
 
-        `arena`: where inputs of blocks wait in host memory, shared with transformers that are not on the device at the same
-        time; None: one of its own.
+        `arena`, where inputs of blocks wait in host memory, and `copies`, the queue that weights come by, are shared with
+        transformers that are not on the device at the same time; None: those of its own.
         """
         self._device = device
         self._modules = blocks_of(transformer, family)
         self._chunked = family.chunked
         self._random = random
         self._arena = arena_for(device) if arena is None else arena
+        self._copies = copies_of(device) if copies is None else copies
         self._layouts = [BlockLayout.of(block) for block in self._modules]
         self._others = list(_others(transformer, self._modules))
         in_chunks(self._modules, self._chunked, arrangement.chunks, random)
@@ -94,12 +97,13 @@ class Residency:
         """Copies to the device what stays there, and makes the ring for the rest."""
         self._entered = True
         placement = self.placement
-        _put(self._others, self._device)
-        for index in sorted(placement.resident):
-            self._bind_all(index, self._device)
+        resident = [self._layouts[index] for index in sorted(placement.resident)]
+        found = upload([*resident, *in_runs(tensor for *_, tensor in self._others)], self._copies, self._device)
+        for layout, tensors in zip(resident, found, strict=False):
+            bind(layout.by_linear(tensors))
+        _hold(self._others, chain.from_iterable(found[len(resident) :]))
         if placement.streamed:
-            copies = copies_of(self._device)
-            self._blocks.stream = Stream(self._layouts, placement, self.arrangement.host, copies, self._device)
+            self._blocks.stream = Stream(self._layouts, placement, self.arrangement.host, self._copies, self._device)
 
     def leave(self) -> None:
         """Gives the device's memory back."""
@@ -109,7 +113,7 @@ class Residency:
             self._blocks.stream = None
         if self._blocks.arena is not None:
             self._blocks.arena.reset()
-        _put(self._others, torch.device("cpu"))
+        _hold(self._others, [tensor for *_, tensor in self._others])
         for layout in self._layouts:
             bind(layout.on_host())
 
@@ -130,11 +134,6 @@ class Residency:
         if wanted.activations == "device" and self._blocks.arena is not None:
             self._arena.close()
         self._blocks.arena = self._arena if wanted.activations == "host" else None
-
-    def _bind_all(self, index: int, device: torch.device) -> None:
-        bind(
-            [(linear, {name: tensor.to(device) for name, tensor in tensors.items()}) for linear, tensors in self._layouts[index].on_host()]
-        )
 
 
 def tighter(arrangement: Arrangement, block_bytes: list[int], can_stream: bool = True) -> Arrangement | None:
@@ -167,10 +166,8 @@ def _others(transformer: nn.Module, blocks: list[nn.Module]) -> Iterator[_Holder
                 yield module, name, tensor.data
 
 
-def _put(tensors: list[_Holder], device: torch.device) -> None:
-    """Lets the modules hold the tensors as they are on a device: themselves on the CPU."""
-    for holder, name, tensor in tensors:
-        placed: Any = tensor.to(device, non_blocking=True)
-        if isinstance(getattr(holder, name), nn.Parameter):
-            placed = nn.Parameter(placed, requires_grad=False)
-        setattr(holder, name, placed)
+def _hold(holders: list[_Holder], tensors: Iterable[torch.Tensor]) -> None:
+    """Lets the modules hold these tensors in place of theirs."""
+    for (holder, name, _), tensor in zip(holders, tensors, strict=True):
+        is_parameter = isinstance(getattr(holder, name), nn.Parameter)
+        setattr(holder, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)

@@ -23,6 +23,7 @@ from .memory_plan import MemoryPlan
 from .method import Method, method_of
 from .offload.activations import Arena
 from .offload.arrangement import Arrangement
+from .offload.copies import Copies, copies_of
 from .offload.placement import SLOTS
 from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
@@ -146,8 +147,10 @@ def open_training(run: Run) -> Training:
     samples = Samples.of(job, detection.family, detection.variant, encoded, accelerator.num_processes, device, DTYPES[precision])
     plan = _planned(job, detection, samples)
     arrangement = plan.arrangement if plan else arrangement_of(job)
-    arena = arena_for(device)
-    learners = tuple(_learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, arena) for expert in experts)
+    arena, copies = arena_for(device), copies_of(device)
+    learners = tuple(
+        _learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, arena, copies) for expert in experts
+    )
     training = Training(
         run=run,
         job=job,
@@ -208,6 +211,7 @@ def _learner(
     dtype: torch.dtype,
     arrangement: Arrangement,
     arena: Arena,
+    copies: Copies,
 ) -> Learner:
     """An expert with what is trained of it and its optimizer. It waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
@@ -220,7 +224,7 @@ def _learner(
     check_chunks(job, transformer, detection.family)
     use_attention(transformer, job.speed.attention)
     parameters = method.inject(transformer, device) if expert.trained else []
-    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0, arena=arena)
+    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0, arena=arena, copies=copies)
     if arrangement.weights_bytes == 0:  # all blocks are streamed, as the job says: through a whole ring
         residency.rearrange(replace(arrangement, weights_bytes=SLOTS * max(residency.block_bytes, default=0)))
     rate = job.optimizer.learning_rate

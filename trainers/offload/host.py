@@ -9,14 +9,14 @@ Nothing is ever written back: the weights do not change.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, Protocol
 
 import torch
 
 from .copies import Copies, use_device
-from .layout import BlockLayout
+from .layout import BlockLayout, Flat
 from .pinned import Buffer, buffers, tell
 
 STAGING_BUFFERS = 2
@@ -80,7 +80,7 @@ class PinnedMaster:
 class MappedMaster:
     """Blocks in the mapped file, gathered by a thread: it waits for the disk and for buffers, the trainer does not."""
 
-    def __init__(self, layouts: dict[int, BlockLayout], copies: Copies, device: torch.device) -> None:
+    def __init__(self, layouts: Mapping[int, Flat], copies: Copies, device: torch.device) -> None:
         self._copies = copies
         self._layouts = layouts
         largest = max((layout.nbytes for layout in layouts.values()), default=0)

@@ -5,7 +5,7 @@ All else of a block (norms, biases, tables: a thousandth of its bytes) stays on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,62 +18,74 @@ _ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One tensor of a frozen Linear: where it lies in the run, and the tensor itself in host memory."""
+class Flat:
+    """Tensors in host memory, and where each of them begins when they lie one after the other in a flat run of bytes."""
 
-    linear: FrozenLinear
-    name: str
-    start: int
-    host: torch.Tensor
+    hosts: tuple[torch.Tensor, ...]
+    starts: tuple[int, ...]
+    nbytes: int
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.host.nbytes
+    @classmethod
+    def packed(cls, hosts: Iterable[torch.Tensor]) -> Flat:
+        hosts = tuple(hosts)
+        return cls(hosts, *_places(hosts))
+
+    def write(self, run: torch.Tensor) -> None:
+        """Copies the host's tensors into a flat run of bytes (uint8, at least `nbytes` long) in host memory."""
+        for host, part in zip(self.hosts, self.parts(run), strict=True):
+            part.copy_(host)
+
+    def parts(self, run: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors in a flat run of bytes."""
+        pairs = zip(self.hosts, self.starts, strict=True)
+        return [run[start : start + host.nbytes].view(host.dtype).view(host.shape) for host, start in pairs]
 
 
 @dataclass(frozen=True)
-class BlockLayout:
-    """The streamed tensors of one block."""
+class BlockLayout(Flat):
+    """The streamed tensors of one block. `owners` are the frozen Linear and the name of each."""
 
-    pieces: tuple[Piece, ...]
-    nbytes: int
+    owners: tuple[tuple[FrozenLinear, str], ...]
 
     @classmethod
     def of(cls, block: nn.Module) -> BlockLayout:
         """Of the tensors that the block's Linears hold now, which become the host's own."""
-        pieces, start = [], 0
-        for linear in frozen_linears(block):
-            for name, tensor in linear.stored_tensors().items():
-                pieces.append(Piece(linear, name, start, tensor.detach()))
-                start += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return cls(tuple(pieces), start)
-
-    def write(self, run: torch.Tensor) -> None:
-        """Copies the host's tensors into a flat run of bytes (uint8, at least `nbytes` long) in host memory."""
-        for piece, part in zip(self.pieces, self._parts(run), strict=True):
-            part.copy_(piece.host)
+        found = [(linear, name, tensor) for linear in frozen_linears(block) for name, tensor in linear.stored_tensors().items()]
+        hosts = tuple(tensor.detach() for *_, tensor in found)
+        return cls(hosts, *_places(hosts), tuple((linear, name) for linear, name, _ in found))
 
     def views(self, run: torch.Tensor) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
         """Each Linear with its tensors in a flat run of bytes."""
-        return self._by_linear(self._parts(run))
+        return self.by_linear(self.parts(run))
 
     def on_host(self) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
         """Each Linear with the host's tensors."""
-        return self._by_linear(piece.host for piece in self.pieces)
+        return self.by_linear(self.hosts)
 
     def absent(self) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
         """Each Linear with tensors that have no bytes: to compute with them is an error."""
-        return self._by_linear(piece.host.to("meta") for piece in self.pieces)
+        return self.by_linear([host.to("meta") for host in self.hosts])
 
-    def _parts(self, run: torch.Tensor) -> Iterator[torch.Tensor]:
-        for piece in self.pieces:
-            yield run[piece.start : piece.stop].view(piece.host.dtype).view(piece.host.shape)
-
-    def _by_linear(self, tensors: Iterator[torch.Tensor]) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
+    def by_linear(self, tensors: Sequence[torch.Tensor]) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
+        """Each Linear with those of the tensors that take the place of its own."""
         found: dict[FrozenLinear, dict[str, torch.Tensor]] = {}
-        for piece, tensor in zip(self.pieces, tensors, strict=True):
-            found.setdefault(piece.linear, {})[piece.name] = tensor
+        for (linear, name), tensor in zip(self.owners, tensors, strict=True):
+            found.setdefault(linear, {})[name] = tensor
         return list(found.items())
+
+
+def _places(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], int]:
+    """Where each of the tensors begins, and where the last one ends; aligned."""
+    starts, end = [], 0
+    for tensor in tensors:
+        starts.append(end)
+        end += aligned(tensor.nbytes)
+    return tuple(starts), end
+
+
+def aligned(nbytes: int) -> int:
+    """What a tensor of so many bytes takes of a run."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def frozen_linears(block: nn.Module) -> list[FrozenLinear]:

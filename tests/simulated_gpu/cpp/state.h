@@ -51,7 +51,8 @@ std::unordered_map<void*, Bytes> bytes_at;
 std::map<char*, size_t> registered, cached;  // pinned by cudaHostRegister, and by torch's caching host allocator
 size_t registered_bytes = 0, cached_bytes = 0, pin_cap = SIZE_MAX;
 std::vector<std::string> races, misplaced;
-std::map<std::string, long> host_waits_at, pageable, operators, contexts;
+std::map<std::string, long> host_waits_at, copies, pageable, operators, contexts;
+long streams_made = 0;
 std::map<std::pair<std::string, size_t>, int> snapshot;
 size_t snapshot_above = SIZE_MAX;
 long allocations = 0, fail_at = -1, fail_count = 0;
