@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def plan_memory(
 
     Raises JobError when nothing fits on a card, with what would.
     """
-    machine = machine or this_machine(device, dtype)
+    machine = machine or this_machine(device, dtype, Path(job.base.transformer), Path(job.runs_folder))
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI's nodes ask otherwise
         traced = JobTrace.of(job, detection, samples, machine, dtype)
         plan = choose(job, traced, machine)

@@ -116,6 +116,12 @@ def probe(path: Path) -> bool:
         os.close(descriptor)
 
 
+def held_by_another(device: str) -> bool:
+    """Whether a run of another process holds a device."""
+    path = device_lock(device).path
+    return path not in {lock.path for lock in _held} and probe(path)
+
+
 def device_lock(device: str) -> FileLock:
     """The lock of a torch device ("cpu", "cuda:0", "mps"), the same for all runs of this user on this machine.
 

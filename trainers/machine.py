@@ -1,25 +1,22 @@
-"""What a machine has: memory of the card and of the host, and how fast it computes and copies; measured here, or stated.
+"""What a machine has: memory of the GPU and of the host, and how fast it computes and copies; measured here, or stated.
 
 Rates are bytes or operations per second. Sizes in GiB are multiples of 2**30 bytes.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .errors import JobError, Problem
+from .measurements import Measurements
+from .rates import ASSUMED_DISK_RATE, ASSUMED_HOST_COPY_RATE, rates_of
 
 GIB = 2**30
 MIB = 2**20
-ASSUMED_DISK_RATE = 2e9
-"""Bytes per second of a file that is not in memory: an NVMe drive. Not measured, a file may be cached while it is tried."""
-ASSUMED_HOST_COPY_RATE = 8e9
-"""Bytes per second that one thread copies from a mapped file that is in memory into a staging buffer."""
 _CONTEXT_BYTES = GIB // 2
 """What CUDA itself takes of a card for a process, before anything is allocated; some 300 to 500 MiB."""
 
@@ -28,8 +25,9 @@ _CONTEXT_BYTES = GIB // 2
 class Machine:
     """A device and its host. `flops_rate` is what a large matrix product reaches, `memory_rate` what the device's memory does.
 
-    `free_bytes` of the device and `ram_bytes` of the host are available to a training. `bf16` and `turing`: whether the card
-    computes in bf16, and is older than compute capability 8.0. `measured`: on this machine; else the rates are assumptions.
+    `free_bytes` of the device and `ram_bytes` of the host are available to a training. `bf16` and `turing`: whether the GPU
+    computes in bf16, and is older than compute capability 8.0. `measured`: which rates were measured on this machine ("flops",
+    "memory", "copy", "host_copy", "disk"); the others are assumptions.
     """
 
     name: str
@@ -44,7 +42,7 @@ class Machine:
     disk_rate: float = ASSUMED_DISK_RATE
     bf16: bool = True
     turing: bool = False
-    measured: bool = False
+    measured: frozenset[str] = frozenset()
 
     def with_limits(self, vram_gib: float | None, ram_gib: float | None) -> Machine:
         """The same machine, of which a training may take no more than these, and no more than is free."""
@@ -104,8 +102,12 @@ def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name)).lower()
 
 
-def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The machine as it is now. Computes and copies on the device for a fraction of a second; CUDA's context is made."""
+def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = None, runs_folder: Path | None = None) -> Machine:
+    """The machine as it is now. CUDA's context is made.
+
+    What it reads, computes and copies a second is measured, unless the runs folder has it (`measurements.py`), where it is kept.
+    `base`: the model's file.
+    """
     ram = available_ram()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -114,18 +116,21 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     else:
         free = total = ram
         name, bf16 = "the CPU" if device.type == "cpu" else "Metal", True
+    rates = rates_of(device, dtype, base, Measurements(runs_folder))
     return Machine(
         name,
         device.type,
         total,
         free,
         ram,
-        _flops_rate(device, dtype),
-        _memory_rate(device),
-        _copy_rate(device),
+        rates.flops,
+        rates.memory,
+        rates.copy,
+        rates.host_copy,
+        rates.disk,
         bf16=bf16,
         turing=not bf16,
-        measured=True,
+        measured=rates.measured,
     )
 
 
@@ -136,46 +141,6 @@ def empty_card(device: torch.device) -> Machine:
     older = (properties.major, properties.minor) < (8, 0)
     machine = card.machine(available_ram() / GIB, properties.total_memory / GIB)
     return replace(machine, name=properties.name, bf16=not older, turing=older)
-
-
-def _flops_rate(device: torch.device, dtype: torch.dtype) -> float:
-    side = 4096 if device.type == "cuda" else 512
-    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / _seconds(lambda: left @ right, device)
-
-
-def _memory_rate(device: torch.device) -> float:
-    """Reading and writing both count."""
-    source = torch.empty(128 << 20 if device.type == "cuda" else 16 << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
-
-
-def _copy_rate(device: torch.device) -> float:
-    """From pinned host memory to the card; elsewhere from memory to memory."""
-    source = torch.empty(128 << 20 if device.type == "cuda" else 16 << 20, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = torch.empty_like(source, device=device)
-    return source.nbytes / _seconds(lambda: target.copy_(source, non_blocking=True), device)
-
-
-def _seconds(work: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
-    """Seconds of one call: after a first one, as many as fill `at_least` seconds."""
-    work()
-    _finish(device)
-    calls, started = 0, time.perf_counter()
-    while True:
-        work()
-        _finish(device)
-        calls += 1
-        if (passed := time.perf_counter() - started) >= at_least:
-            return passed / calls
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def size_text(byte_count: int) -> str:

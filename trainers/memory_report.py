@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .machine import GIB, size_text
+from .machine import GIB, Machine, size_text
 from .memory_plan import MemoryPlan
 
 
@@ -13,16 +13,27 @@ def report(plan: MemoryPlan, run_seconds: float) -> list[str]:
     """What the plan takes and how long the whole run is, then what was chosen and why."""
     price, machine = plan.price, plan.machine
     trained = "all weights" if plan.job.method == "full" else "LoRA"
-    rates = "measured" if machine.measured else "assumed, not measured"
     return [
         f"{size_text(price.device_bytes)} of {_where(plan)} at the most: weights {size_text(price.weights_bytes)}, "
         f"{trained} and optimizer {size_text(price.trained_bytes)}, the largest step {size_text(price.step_bytes)}; "
         f"{size_text(price.reserve_bytes)} more must be free, {size_text(machine.free_bytes)} may be taken",
         f"{size_text(price.host_bytes)} of the machine's memory; {size_text(machine.ram_bytes)} may be taken",
-        f"{seconds(price.step_seconds)} a step of the largest clips, about {seconds(run_seconds)} for the whole run "
-        f"({machine.flops_rate / 1e12:.3g} TFLOPS and {machine.copy_rate / 1e9:.3g} GB/s to it, {rates})",
+        f"{seconds(price.step_seconds)} a step of the largest clips, about {seconds(run_seconds)} for the whole run ({_rates(machine)})",
         *reasons(plan),
     ]
+
+
+def _rates(machine: Machine) -> str:
+    """The rates that the times rest on, the measured ones first."""
+    words = {
+        "flops": f"{machine.flops_rate / 1e12:.3g} TFLOPS",
+        "copy": f"{machine.copy_rate / 1e9:.3g} GB/s to it",
+        "disk": f"{machine.disk_rate / 1e9:.3g} GB/s from the drive",
+        "host_copy": f"{machine.host_copy_rate / 1e9:.3g} GB/s from a file in memory",
+    }
+    measured = ", ".join(text for name, text in words.items() if name in machine.measured)
+    assumed = ", ".join(text for name, text in words.items() if name not in machine.measured)
+    return "; ".join(f"{how}: {which}" for how, which in (("measured", measured), ("assumed", assumed)) if which)
 
 
 def summary(plan: MemoryPlan) -> str:
@@ -99,11 +110,14 @@ def as_values(plan: MemoryPlan, run_seconds: float) -> dict[str, Any]:
         "fits": plan.fits,
         "machine": {
             "name": machine.name,
-            "measured": machine.measured,
+            "measured": bool(machine.measured),
+            "measured_rates": sorted(machine.measured),
             "free_bytes": machine.free_bytes,
             "ram_bytes": machine.ram_bytes,
             "flops_per_second": machine.flops_rate,
             "copy_bytes_per_second": machine.copy_rate,
+            "host_copy_bytes_per_second": machine.host_copy_rate,
+            "disk_bytes_per_second": machine.disk_rate,
         },
         "device_bytes": price.device_bytes,
         "reserve_bytes": price.reserve_bytes,

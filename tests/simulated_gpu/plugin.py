@@ -33,11 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def no_race(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails a test that left an unordered access. Rates are stated: measuring them takes a CPU seconds."""
-    from trainers import machine
+    from trainers import rates
     from trainers.offload.layout import Flat
 
-    for name, rate in (("_flops_rate", 1e13), ("_memory_rate", 1e11), ("_copy_rate", 1e10)):
-        monkeypatch.setattr(machine, name, lambda *_, rate=rate: rate)
+    for name, rate in (("flops_rate", 1e13), ("memory_rate", 1e11), ("copy_rate", 1e10)):
+        monkeypatch.setattr(rates, name, lambda *_, rate=rate: rate)
     write = Flat.write
 
     def seen_write(layout: Flat, run: object) -> None:  # the host writes by itself: only here can it be seen

@@ -1,0 +1,205 @@
+"""How fast a device computes and copies, and how fast a model's file is read: measured here, once for each device and drive.
+
+Rates are bytes or operations per second. What was measured is kept beside the runs (`measurements.py`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .measurements import Measurements, device_key, drive_key, host_key
+
+ASSUMED_DISK_RATE = 2e9
+"""Of a file that is not in memory: an NVMe drive."""
+ASSUMED_HOST_COPY_RATE = 8e9
+"""Of one thread that copies from a mapped file in memory into a staging buffer."""
+MIB = 2**20
+PIECE_BYTES = 16 * MIB
+_LEAST_FILE_BYTES = 8 * PIECE_BYTES
+"""Of a smaller file too little is read for a rate."""
+_MOST_READ_BYTES = 512 * MIB
+_READ_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`flops` is what a large matrix product reaches, `memory` what the device's memory does, `copy` pinned memory to the device.
+
+    `measured`: which of the fields were measured on this machine; the others are assumptions.
+    """
+
+    flops: float
+    memory: float
+    copy: float
+    host_copy: float = ASSUMED_HOST_COPY_RATE
+    disk: float = ASSUMED_DISK_RATE
+    measured: frozenset[str] = field(default_factory=frozenset)
+
+
+def rates_of(device: torch.device, dtype: torch.dtype, base: Path | None = None, kept: Measurements | None = None) -> Rates:
+    """The rates of this machine: the kept ones, and for those that are missing, new ones, which are kept. `base`: the model's file.
+
+    It takes a second the first time, and no time later.
+    """
+    kept = kept or Measurements(None)
+    flops, key = f"{_name(dtype)}_flops", device_key(device)
+    device_rates = kept.rates("devices", key)
+    lacking: dict[str, Callable[[], float]] = {
+        flops: lambda: flops_rate(device, dtype),
+        "memory": lambda: memory_rate(device),
+        "copy": lambda: copy_rate(device),
+    }
+    if new := {name: measure() for name, measure in lacking.items() if name not in device_rates}:
+        kept.keep("devices", key, new, device)
+    device_rates |= new
+    host, disk = _file_rates(base, kept)
+    found = {"host_copy": host, "disk": disk}
+    measured = {"flops", "memory", "copy", *(name for name, rate in found.items() if rate)}
+    return Rates(
+        device_rates[flops],
+        device_rates["memory"],
+        device_rates["copy"],
+        host or ASSUMED_HOST_COPY_RATE,
+        disk or ASSUMED_DISK_RATE,
+        frozenset(measured),
+    )
+
+
+def _file_rates(base: Path | None, kept: Measurements) -> tuple[float | None, float | None]:
+    """Rates of copying from a mapped file and of reading the drive; None where it cannot be measured."""
+    host = kept.rates("hosts", host_key()).get("host_copy")
+    file = None if base is None else _large_file(base)
+    if file is None:
+        return host, None
+    disk = kept.rates("drives", drive_key(file)).get("read")
+    if disk is None and (disk := read_rate(file)):
+        kept.keep("drives", drive_key(file), {"read": disk})
+    if host is None and (host := host_copy_rate(file)):
+        kept.keep("hosts", host_key(), {"host_copy": host})
+    return host, disk
+
+
+def _large_file(base: Path) -> Path | None:
+    """The model's file, or the largest one of its folder; None when there is none that takes long enough to read."""
+    try:
+        files = [path for path in base.iterdir() if path.is_file()] if base.is_dir() else [base]
+        if base.suffix == ".json":  # the index of shards
+            files = list(base.parent.glob("*.safetensors"))
+        largest = max(files, key=lambda path: path.stat().st_size, default=None)
+        return largest if largest and largest.stat().st_size >= _LEAST_FILE_BYTES else None
+    except OSError:
+        return None
+
+
+def flops_rate(device: torch.device, dtype: torch.dtype) -> float:
+    side = 4096 if device.type == "cuda" else 512
+    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / seconds_of(lambda: left @ right, device)
+
+
+def memory_rate(device: torch.device) -> float:
+    """Reading and writing both count."""
+    source = torch.empty(128 * MIB if device.type == "cuda" else 16 * MIB, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+
+
+def copy_rate(device: torch.device) -> float:
+    """From pinned host memory to a GPU; elsewhere from memory to memory."""
+    source = torch.empty(128 * MIB if device.type == "cuda" else 16 * MIB, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty_like(source, device=device)
+    rate = source.nbytes / seconds_of(lambda: target.copy_(source, non_blocking=True), device)
+    if device.type == "cuda":
+        del source
+        torch._C._host_emptyCache()  # or torch keeps the pinned memory to the end of the process
+    return rate
+
+
+def read_rate(path: Path) -> float | None:
+    """Of a file that is not in memory, by reading pieces of it for half a second; None where the system's cache cannot be passed by."""
+    if sys.platform == "win32":
+        return None
+    with open(path, "rb", buffering=0) as file:
+        pieces = _pieces(file.seek(0, os.SEEK_END))
+        if not _forget(file.fileno(), pieces):
+            return None
+        return _rate_of_pieces(pieces, lambda start, piece: file.seek(start) and file.readinto(piece))
+
+
+def host_copy_rate(path: Path) -> float | None:
+    """Of copying a part of a mapped file that is in memory."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+
+        def copy(start: int, piece: memoryview) -> None:
+            source = torch.frombuffer(mapped, dtype=torch.uint8, offset=start, count=PIECE_BYTES)
+            torch.frombuffer(piece, dtype=torch.uint8).copy_(source)
+
+        pieces = _pieces(len(mapped))[:2]
+        for start in pieces:
+            _rate_of_pieces([start], copy)  # brings it into memory
+        return _rate_of_pieces(4 * pieces, copy)
+
+
+def _pieces(size: int) -> list[int]:
+    """Where the pieces start that are read: evenly over the file, the header apart."""
+    count = min(size // PIECE_BYTES - 1, _MOST_READ_BYTES // PIECE_BYTES)
+    return [PIECE_BYTES + (size // PIECE_BYTES - 1) * index // count * PIECE_BYTES for index in range(count)]
+
+
+def _forget(descriptor: int, pieces: list[int]) -> bool:
+    """Lets the system drop the pieces from its cache; False where it cannot be asked to."""
+    if sys.platform == "linux":
+        for start in pieces:
+            os.posix_fadvise(descriptor, start, PIECE_BYTES, os.POSIX_FADV_DONTNEED)
+        return True
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        return True
+    return False
+
+
+def _rate_of_pieces(pieces: list[int], take: Callable[[int, memoryview], object]) -> float | None:
+    with mmap.mmap(-1, PIECE_BYTES) as memory, memoryview(memory) as piece:
+        memory.write(bytes(PIECE_BYTES))  # its pages are there before the clock starts
+        taken, started = 0, time.perf_counter()
+        for start in pieces:
+            take(start, piece)
+            taken += PIECE_BYTES
+            if time.perf_counter() - started >= _READ_SECONDS:
+                break
+        return taken / max(time.perf_counter() - started, 1e-9) if taken else None
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
+    """Seconds of one call: after a first one, as many as fill `at_least` seconds."""
+    work()
+    finish(device)
+    calls, started = 0, time.perf_counter()
+    while True:
+        work()
+        finish(device)
+        calls += 1
+        if (passed := time.perf_counter() - started) >= at_least:
+            return passed / calls
+
+
+def finish(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
