@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .attention_by_heads import limit_attention
 from .batches import Samples
 from .card_kernels import AMPERE, CPU, TURING, Kernels
 from .checkpoint import Checkpoint
@@ -83,6 +84,7 @@ def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: M
     keep_stored = None if streams else False
     transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams, quantise=job.memory.quantise)
     check_chunks(job, transformer, detection.family)
+    limit_attention(machine)
     add = partial(method.inject, device=_META)
     return Tracer(detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation)
 

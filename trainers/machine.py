@@ -5,6 +5,9 @@ Rates are bytes or operations per second. Sizes in GiB are multiples of 2**30 by
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +29,8 @@ class Machine:
     """A device and its host. `flops_rate` is what a large matrix product reaches, `memory_rate` what the device's memory does.
 
     `free_bytes` of the device and `ram_bytes` of the host are available to a training. `bf16` and `turing`: whether the GPU
-    computes in bf16, and is older than compute capability 8.0. `measured`: which rates were measured on this machine ("flops",
+    computes in bf16, and is older than compute capability 8.0. `kernel_time_limit`: whether it ends a kernel that runs for seconds,
+    as a GPU that draws a display does. `measured`: which rates were measured on this machine ("flops",
     "memory", "copy", "host_copy", "disk"); the others are assumptions.
     """
 
@@ -42,6 +46,7 @@ class Machine:
     disk_rate: float = ASSUMED_DISK_RATE
     bf16: bool = True
     turing: bool = False
+    kernel_time_limit: bool = False
     measured: frozenset[str] = frozenset()
 
     def with_limits(self, vram_gib: float | None, ram_gib: float | None) -> Machine:
@@ -116,6 +121,7 @@ def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = N
     else:
         free = total = ram
         name, bf16 = "the CPU" if device.type == "cpu" else "Metal", True
+    limited = device.type == "cuda" and has_kernel_time_limit(device)
     rates = rates_of(device, dtype, base, Measurements(runs_folder))
     return Machine(
         name,
@@ -130,6 +136,7 @@ def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = N
         rates.disk,
         bf16=bf16,
         turing=not bf16,
+        kernel_time_limit=limited,
         measured=rates.measured,
     )
 
@@ -140,7 +147,29 @@ def empty_card(device: torch.device) -> Machine:
     card = card_of(None, properties.total_memory / GIB)
     older = (properties.major, properties.minor) < (8, 0)
     machine = card.machine(available_ram() / GIB, properties.total_memory / GIB)
-    return replace(machine, name=properties.name, bf16=not older, turing=older)
+    limited = has_kernel_time_limit(device)
+    return replace(machine, name=properties.name, bf16=not older, turing=older, kernel_time_limit=limited)
+
+
+def has_kernel_time_limit(device: torch.device, system: str = sys.platform) -> bool:
+    """Whether a kernel that runs for seconds is ended. Asked of the driver; under Windows, and WSL in it, always.
+
+    Where there is no driver to ask (ROCm), there is taken to be no limit.
+    """
+    if system == "win32" or "microsoft" in platform.release().lower():
+        return True
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")  # of NVIDIA's driver; PyTorch has loaded it
+    except OSError:
+        return False
+    gpu, limited = ctypes.c_int(), ctypes.c_int()
+    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(gpu), device.index)
+    failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(limited), _KERNEL_EXEC_TIMEOUT, gpu)
+    return not failed and bool(limited.value)
+
+
+_KERNEL_EXEC_TIMEOUT = 17
+"""CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT of CUDA's driver, whose public headers number it so."""
 
 
 def size_text(byte_count: int) -> str:

@@ -19,9 +19,9 @@ def build_optimizer(spec: OptimizerSpec, parameters: Sequence[torch.nn.Parameter
     """The optimizer of a job over its parameters. Raises MissingPackage when its library is not installed.
 
     AdamW on a GPU is one kernel for all parameters, without temporaries. Prodigy reads two sums back in each parameter, so that the
-    host waits for the GPU twice for each in every step: its library has no other way. The others never wait. Kahan summation (adamw_kahan) keeps what rounding
-    takes from weights in bf16; over float32 it is plain AdamW. Magnitudes (vectors) do not decay: towards zero they would
-    take the base with them.
+    host waits for the GPU twice for each in every step: its library has no other way. The others never wait. Kahan summation
+    (adamw_kahan) keeps what rounding takes from weights in bf16; over float32 it is plain AdamW. Magnitudes (vectors) do not
+    decay: towards zero they would take the base with them.
     """
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
     groups: Any = parameters
@@ -51,13 +51,14 @@ def build_optimizer(spec: OptimizerSpec, parameters: Sequence[torch.nn.Parameter
 
 
 def _without_waiting(adamw: Any) -> Any:
-    """bitsandbytes' optimizer without its wait for the GPU after each parameter, which only paged states need."""
+    """The optimizer of bitsandbytes without its wait for the GPU after each parameter, which only paged states need."""
 
     class Queued(adamw):  # type: ignore[misc]
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
-            assert closure is None and not self.is_paged, "neither is used here"
-            if not self.initialized:
+            assert closure is None
+            assert not self.is_paged
+            if not self.initialized:  # type: ignore[has-type]
                 self.check_overrides()
                 self.to_gpu()
                 self.initialized = True

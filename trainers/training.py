@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .attention import use_attention
+from .attention_by_heads import limit_attention
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
@@ -146,6 +147,7 @@ def open_training(run: Run) -> Training:
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(job, detection.family, detection.variant, encoded, accelerator.num_processes, device, DTYPES[precision])
     plan = _planned(job, detection, samples)
+    limit_attention(plan.machine if plan else None)
     arrangement = plan.arrangement if plan else arrangement_of(job)
     arena, copies = arena_for(device), copies_of(device)
     learners = tuple(
