@@ -14,7 +14,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2
-	$(GPU_TESTS) -n 2
+	$(GPU_TESTS) -n 2 -m "not matrix"
 
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python -m pytest -n 2

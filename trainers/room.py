@@ -84,8 +84,8 @@ def _make_room(training: Training) -> None:
     arrangement = tighter(learner.residency.arrangement, learner.residency.block_bytes, training.method.can_stream)
     if arrangement is None:
         raise RunError(
-            f"the device has no memory for step {training.step}, and nothing is left that could wait elsewhere. "
-            f"The checkpoints are kept; use smaller or shorter clips, a smaller batch_size, memory.quantise, or a larger card."
+            f"Out of GPU memory at step {training.step}, and everything that can be offloaded already is. {training.run.what_is_kept()} "
+            "Use smaller or shorter clips, a smaller batch_size, memory.quantise, or a larger GPU."
         )
     training.rearrange(arrangement)
     training.run.event(

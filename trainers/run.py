@@ -197,6 +197,11 @@ class Run:
         """The step of the newest checkpoint."""
         return max(self.checkpoints(), default=None)
 
+    def what_is_kept(self) -> str:
+        """What a run that fails now can be resumed from, in a sentence."""
+        step = self.latest_checkpoint()
+        return "No checkpoint has been saved yet." if step is None else f"The checkpoint of step {step} is kept."
+
     def checkpoint_folder(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self._checkpoints.path(step)

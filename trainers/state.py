@@ -20,11 +20,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` optimizer steps are done, over the data set `encoded_identity`."""
+    """Where a run stands: `step` optimizer steps are done, over the data set `encoded_identity`.
+
+    `skipped_steps`: how many of the last steps a loss scaler skipped in a row. A run that must end for it ends in the same step
+    whether it was interrupted or not. Checkpoints of older versions do not say it.
+    """
 
     step: int
     encoded_identity: str
     micro_per_step: int
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)

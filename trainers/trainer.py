@@ -21,6 +21,9 @@ from .run import Run
 from .run_status import OUTCOMES, Outcome
 from .training import Learner, Training, open_training, save_checkpoint
 
+MOST_SKIPPED_STEPS = 20
+"""In a row: twenty halvings take any loss scale below 1, where finite gradients cannot overflow any more."""
+
 
 def train(run: Run) -> Outcome:
     """Trains `run` from its latest checkpoint (or from the beginning) to its last step, or until it is asked to stop.
@@ -119,22 +122,32 @@ def update(training: Training, learner: Learner) -> torch.Tensor:
         if not is_out_of_memory(error):
             raise
         raise RunError(
-            f"the device has no memory for the optimizer in step {training.step}. The checkpoints are kept; free the card of other "
-            "programs and resume the run, or train with a smaller memory.vram_gib or optimizer.kind adamw8bit."
+            f"Out of GPU memory for the optimizer in step {training.step}. {training.run.what_is_kept()} Close other programs that use "
+            "the GPU and resume the run, or train with a smaller memory.vram_gib or optimizer.kind adamw8bit."
         ) from error
     learner.optimizer.zero_grad(set_to_none=True)
     return grad_norm
 
 
 def check_finite(training: Training, grad_norm: float, loss: float) -> None:
-    """Raises RunError for a step that turned the LoRA into not-a-numbers; a loss scaler skips such a step by itself."""
-    if training.accelerator.scaler is None and not (math.isfinite(grad_norm) and math.isfinite(loss)):
-        good = training.run.latest_checkpoint()
-        kept = f"The checkpoint of step {good} is kept" if good else "Nothing was kept yet"
-        raise RunError(
-            f"loss is {loss:g} and the gradient's norm {grad_norm:g} in step {training.step}; both must be finite. "
-            f"{kept}; lower optimizer.learning_rate, or use precision bf16 or fp32, and train again."
+    """Raises RunError for a step that is not finite, and for a loss scaler that skipped MOST_SKIPPED_STEPS of them in a row.
+
+    A loss scaler leaves out the update of a step whose gradients overflow, and scales the next one by half as much: some do while
+    the scale settles. A loss is not scaled: when it is not finite, the model's output is not.
+    """
+    scaled = training.accelerator.scaler is not None
+    training.skipped_steps = training.skipped_steps + 1 if scaled and not math.isfinite(grad_norm) else 0
+    if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
+        problem = f"loss is {loss:g} and the gradient's norm {grad_norm:g} in step {training.step}; both must be finite."
+    elif training.skipped_steps >= MOST_SKIPPED_STEPS:
+        problem = (
+            f"The gradients of the last {training.skipped_steps} steps (up to step {training.step}) overflowed in fp16, at any loss scale; "
+            "nothing was learned from them."
         )
+    else:
+        return
+    other = "" if training.dtype == torch.float32 else f", or set precision to {'bf16 or fp32' if scaled else 'fp32'}"
+    raise RunError(f"{problem} {training.run.what_is_kept()} Lower optimizer.learning_rate{other}, and train again.")
 
 
 def report(training: Training, metrics: dict[str, Any]) -> None:

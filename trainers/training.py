@@ -75,11 +75,13 @@ class Training:
     plan: MemoryPlan | None = None
     """What was planned of the card's memory; None: there is no card."""
     step: int = 0
+    skipped_steps: int = 0
+    """How many of the last steps a loss scaler skipped, one after the other."""
     resident: Learner | None = None
 
     @property
     def position(self) -> Position:
-        return Position(self.step, self.encoded.identity, self.samples.order.micro_per_step)
+        return Position(self.step, self.encoded.identity, self.samples.order.micro_per_step, self.skipped_steps)
 
     @property
     def trained(self) -> list[Learner]:
@@ -292,7 +294,7 @@ def _load_checkpoint(training: Training, folder: Path) -> None:
         load_optimizer_state(learner.optimizer, optimizer)
         if scaler and training.accelerator.scaler:
             training.accelerator.scaler.load_state_dict(scaler)
-    training.step = position.step
+    training.step, training.skipped_steps = position.step, position.skipped_steps
 
 
 def _accelerator(run: Run, device: torch.device, precision: str) -> Accelerator:

@@ -81,7 +81,7 @@ export function leftOf(run) {
 export function noteOf(run) {
   if (run.live && run.request === "stop") return "Stops after the current step; the checkpoint is kept.";
   if (run.live && run.request === "pause") return "Pauses after the current step and frees the card.";
-  if (run.state === "interrupted") return "Its process ended without a word. It can go on from its last checkpoint.";
+  if (run.state === "interrupted") return "The process stopped unexpectedly. It can be resumed, from its last checkpoint if there is one.";
   return run.message;
 }
 

@@ -36,7 +36,7 @@ class Loop:
 
     def close(self) -> None:
         if self.training:
-            self.training.batches.close()
+            self.training.close()
 
     def counters(self) -> dict[str, int]:
         """Bytes copied so far, and host memory that copying needs, as the trainer counts them."""

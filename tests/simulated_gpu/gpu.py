@@ -20,18 +20,18 @@ module: Any = None
 """The C++ part, once it is loaded."""
 total_bytes = 0
 capability = (8, 0)
+name = "Simulated GPU"
 _WARMED = ("bitsandbytes", "peft", "accelerate", "transformers", "diffusers")
 """Look for CUDA libraries when they are imported; done while torch still says it has no CUDA."""
 
 
 def insert() -> None:
     """Adds the simulated GPUs to this process. Raises CannotBuildError, or RuntimeError when torch was asked for CUDA before."""
-    global module, total_bytes, capability
+    global module, total_bytes
     if module is not None:
         return
     path, count = library(), int(os.environ.get("SIMULATED_DEVICES", "1"))
     total_bytes = int(float(os.environ.get("SIMULATED_GIB", "8")) * 2**30)
-    capability = divmod(int(os.environ.get("SIMULATED_CAPABILITY", "80")), 10)
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # before torch, which asks only once whether there is CUDA
     import torch
 
@@ -53,8 +53,15 @@ def insert() -> None:
     reset()
 
 
+def pretend_to_be(new_name: str, new_capability: tuple[int, int]) -> None:
+    """The GPU of that name and compute capability answers, until `reset`. It computes as before."""
+    global name, capability
+    name, capability = new_name, new_capability
+
+
 def reset() -> None:
-    """Clears the report, injected failures and limits. Memory that is in use stays in use."""
+    """Clears the report, injected failures, limits and `pretend_to_be`. Memory that is in use stays in use."""
+    pretend_to_be("Simulated GPU", divmod(int(os.environ.get("SIMULATED_CAPABILITY", "80")), 10))
     module.clear_report()
     module.fail_allocations(-1, 0)
     module.limit_pinned(sys.maxsize)
@@ -237,7 +244,7 @@ def _random_answers(torch: Any, count: int) -> dict[str, Callable[..., Any]]:
 def _device_answers(torch: Any, count: int) -> dict[str, Any]:
     def properties(device: Any = None) -> SimpleNamespace:
         return SimpleNamespace(
-            name="Simulated GPU",
+            name=name,
             total_memory=total_bytes,
             major=capability[0],
             minor=capability[1],
@@ -258,7 +265,7 @@ def _device_answers(torch: Any, count: int) -> dict[str, Any]:
         "_is_compiled": lambda: True,
         "_is_in_bad_fork": lambda: False,
         "_exchange_device": _exchange_device,
-        "_maybe_exchange_device": _exchange_device,
+        "_maybe_exchange_device": lambda device: _exchange_device(device),  # torch.compile wants a function for each
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda *_, **__: capability >= (8, 0),

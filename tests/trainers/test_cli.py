@@ -98,7 +98,7 @@ def test_a_failed_run_says_why_and_is_exit_code_1(job_file, tmp_path, capsys):
 def test_a_killed_run_is_interrupted_and_the_same_command_goes_on(job_file, tmp_path, capsys):
     path = job_file("is killed")
     assert main(["train", path]) == 1
-    assert "was interrupted at step 3; the same command goes on" in capsys.readouterr().out
+    assert "was interrupted at step 3. The checkpoint of step 2 is kept. The same command resumes it." in capsys.readouterr().out
     assert main(["train", path, "--resume"]) == 1
     assert "cat: resumed, worker" in capsys.readouterr().out
 

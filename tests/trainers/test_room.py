@@ -97,7 +97,7 @@ def test_a_run_that_meets_a_full_device_learns_the_same(wan_run, monkeypatch):
 def test_when_nothing_is_left_the_run_says_so(wan_run, monkeypatch):
     run = wan_run("tiny device")
     SmallDevice(monkeypatch, at_step=2, room_for_bytes=0)
-    with pytest.raises(RunError, match="no memory for step 2") as caught:
+    with pytest.raises(RunError, match=r"Out of GPU memory at step 2, .* No checkpoint has been saved yet\.") as caught:
         train(run)
     assert "memory.quantise" in str(caught.value)
 
@@ -245,9 +245,13 @@ def test_a_full_device_in_the_optimizer_s_step_is_told_and_not_done_twice(wan_ru
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(training.learners[0].optimizer, "step", step)
-    with pytest.raises(RunError, match="no memory for the optimizer in step 1"):
+    with pytest.raises(RunError, match=r"Out of GPU memory for the optimizer in step 1\. No checkpoint has been saved yet\."):
         trainer.optimize(training)
-    assert steps == [1]
+    with training.run.writing_checkpoint(250):
+        pass
+    with pytest.raises(RunError, match=r"The checkpoint of step 250 is kept\."):
+        trainer.optimize(training)
+    assert steps == [1, 1]
 
 
 def test_the_probe_changes_nothing_that_is_learnt(wan_run, monkeypatch):

@@ -35,7 +35,7 @@ def follow(run: Run, out: TextIO | None = None) -> int:
         events, since = run.follow_events(since)
         display.show(status, [text for event in events if (text := _news(event))])
         if status.ended:
-            display.close(_outcome(status))
+            display.close(_outcome(status, run))
             return _EXIT_CODES.get(status.state, 1)
         time.sleep(_POLL_SECONDS)
 
@@ -140,11 +140,11 @@ def _news(event: Record) -> str:
     return "paused; `resume` goes on" if name == "paused" else ""
 
 
-def _outcome(status: RunStatus) -> str:
+def _outcome(status: RunStatus, run: Run) -> str:
     if status.state == "failed":
         return f"{status.name} failed: {status.message}"
     if status.state == "interrupted":
-        return f"{status.name} was interrupted at step {status.step}; the same command goes on from its last checkpoint"
+        return f"{status.name} was interrupted at step {status.step}. {run.what_is_kept()} The same command resumes it."
     if status.state == "stopped":
         return f"{status.name} was stopped at step {status.step}; the same command goes on"
     return one_line(status)
