@@ -15,6 +15,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2
 	$(GPU_TESTS) -n 2 -m "not matrix"
+	SIMULATED_DEVICES=2 $(GPU_TESTS)/test_second_gpu.py
 
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python -m pytest -n 2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
-from tiny_families import tiny_conditions, tiny_config, tiny_latents, tiny_text
+from tiny_families import filled, tiny_conditions, tiny_config, tiny_latents, tiny_text
 
 from trainers import attention_by_heads
 from trainers.attention import use_attention
@@ -106,8 +106,6 @@ def model_of(family: Family, variant: Variant) -> torch.nn.Module:
         config["added_kv_proj_dim"] = HEADS * config["attention_head_dim"]
     if family.id == "ltx":
         config["cross_attention_dim"] = HEADS * config["attention_head_dim"]
-    from tiny_families import filled
-
     transformer = filled(family.build(config))
     inject(transformer, family, LoraSpec(rank=2), 0, device=torch.device("cpu"))
     torch.manual_seed(2)
@@ -117,10 +115,10 @@ def model_of(family: Family, variant: Variant) -> torch.nn.Module:
     return transformer
 
 
-def gradients(family: Family, variant: Variant, transformer: torch.nn.Module) -> list[torch.Tensor]:
+def gradients(family: Family, variant: Variant, transformer: torch.nn.Module, frames: int = 3) -> list[torch.Tensor]:
     """Of a batch of two captions of different lengths, so that there is a mask where the family has one."""
     transformer.zero_grad()
-    noisy, rule = tiny_latents(family, variant, 2), family.first_frame(variant)
+    noisy, rule = tiny_latents(family, variant, 2)[:, :, :frames], family.first_frame(variant)
     conditions = tiny_conditions(family, variant, noisy, [rule is not None and rule.always] * 2)
     inputs = family.prepare(variant, noisy, torch.full((2,), 0.6), conditions)
     text = family.collate_text([tiny_text(family, length, length) for length in (3, 5)], torch.device("cpu"), torch.float32)
@@ -152,7 +150,7 @@ def test_a_compiled_block_is_split_and_not_compiled_for_each_size(launches: Laun
     transformer = model_of(family, family.variants[0])
     modules = blocks_of(transformer, family)
     in_chunks(modules, family.chunked, 1)
-    whole = gradients(family, family.variants[0], transformer)
+    whole = {frames: gradients(family, family.variants[0], transformer, frames) for frames in (3, 2, 1)}
     limit_attention(limited())
     graphs: list[Any] = []
 
@@ -162,11 +160,13 @@ def test_a_compiled_block_is_split_and_not_compiled_for_each_size(launches: Laun
 
     Blocks(modules).run_with([compiled(block, noted) for block in modules])
     launches.heads.clear()
-    found = gradients(family, family.variants[0], transformer)
+    for frames, wanted in whole.items():
+        found = gradients(family, family.variants[0], transformer, frames)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert set(launches.heads) == {1}
-    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    assert len(graphs) <= 2, "one for the first size, one for all others"
     attentions = [sum("scaled_dot_product" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
-    assert set(attentions) == {2 * HEADS}, "one graph: self and cross attention, head by head"
+    assert set(attentions) == {2 * HEADS}, "self and cross attention, head by head, without a break between"
 
 
 @pytest.mark.parametrize("machine", [None, limited(kernel_time_limit=False)])

@@ -12,6 +12,7 @@ from adversary import Adversary
 from test_blocks import Model, gradients, streamed
 from test_experts import job as job_of_two_experts
 from test_experts import two_experts  # noqa: F401 (autouse)
+from tiny import TinyShape
 
 from trainers.offload import pinned
 from trainers.offload.activations import Arena
@@ -130,8 +131,9 @@ def test_where_blocks_cannot_be_pinned_they_stay_mapped(refused, limit, messages
     streamed(blocks, Adversary(), "pinned").close()  # another turn says nothing: warnings are errors here
 
 
-def test_experts_share_one_arena(tmp_path):
-    """Host memory for inputs after both experts' turns is what one of them took."""
+def test_experts_share_one_arena(tmp_path, monkeypatch):
+    """Host memory for inputs after both experts' turns is what one of them took. Of three blocks, the middle one's leaves."""
+    monkeypatch.setattr("test_experts.TinyShape", lambda: TinyShape(layers=3))
     memory = {"activations": "host"}
     training = open_training(Run.create(job_of_two_experts(tmp_path, memory=memory, gradient_checkpointing=True)))
     arenas, taken = {}, []
