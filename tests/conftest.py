@@ -1,4 +1,5 @@
-"""One thread for each process: two processes of two threads on two cores are ten times slower, and sums depend on the number.
+"""One thread for each process, unless the environment says another number: two processes of two threads on two cores are ten
+times slower.
 
 With `-n 2` the tests of a real ComfyUI's server and page all run in one process, so that they share them; those that call
 ComfyUI's code alone (`test_native_*`) run together, too, in whichever process is free.
@@ -16,8 +17,12 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is import
     os.environ.setdefault(name, "1")
 
 
-collect_ignore = [] if "simulated_gpu.plugin" in sys.modules else ["simulated_gpu"]
+collect_ignore: list[str] = []
 """Tests on the simulated GPU need a process of their own: it must be there before torch is imported (`make test` starts it)."""
+if "simulated_gpu.plugin" not in sys.modules:
+    collect_ignore = ["simulated_gpu"]
+elif os.environ.get("SIMULATED_DEVICES") != "2":
+    collect_ignore = ["simulated_gpu/test_second_gpu.py"]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -121,7 +121,7 @@ def test_nothing_of_the_machine_is_committed():
 
 def _loaded_by(code: str) -> set[str]:
     program = f"import sys, json\n{code}\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
-    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    answer = subprocess.run([sys.executable, "-P", "-c", program], cwd=ROOT.parent, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     return set(json.loads(answer.stdout.splitlines()[-1]))
 

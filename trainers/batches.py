@@ -65,15 +65,13 @@ class Samples:
     dtype: torch.dtype
 
     @classmethod
-    def of(
-        cls, job: Job, family: Family, variant: Variant, encoded: Encoded, processes: int, device: torch.device, dtype: torch.dtype
-    ) -> Samples:
+    def of(cls, job: Job, family: Family, variant: Variant, encoded: Encoded, device: torch.device, dtype: torch.dtype) -> Samples:
         items = tuple(item for item in encoded.items if not item.held_out)
         order = Order(
             [(item.num_frames, item.height, item.width) for item in items],
             [item.repeats for item in items],
             job.batch_size,
-            job.accumulation * processes,
+            job.accumulation,
             job.seed,
         )
         return cls(job, family, variant, encoded, items, order, device, dtype)

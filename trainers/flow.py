@@ -2,7 +2,8 @@
 
 Rectified flow (Liu et al. 2022, arXiv:2209.03003): x = (1 - sigma) * clean + sigma * noise, target velocity =
 noise - clean. Every draw is a function of (seed, purpose, step, index of the sample in the global batch), made on the
-CPU, so that a resumed run, or one on more cards, sees exactly the same samples.
+CPU, so that a resumed run, or one on more GPUs, sees exactly the same samples. On another computer, noise levels, order and
+dropped captions are still the same; noise is `torch.randn`, whose last bits (up to 2e-6) differ on a CPU without AVX2.
 
 Shape suffixes: B batch, C channels, F latent frames, H and W latent height and width.
 """

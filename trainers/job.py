@@ -249,7 +249,7 @@ class Job(_Spec):
     epochs: PositiveInt | None = None
     """Passes over the data set, repeats counted; give this or `steps`."""
     batch_size: PositiveInt = 1
-    """Clips per forward pass (and per device)."""
+    """Clips per forward pass."""
     accumulation: PositiveInt = 1
     """Forward passes per optimizer step."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -190,7 +190,7 @@ def _make_masters(layer: Any, name: str, rank: int, seed: int, device: torch.dev
     """Replace peft's factors by float32 masters."""
     base_device = layer.get_base_layer().weight.device
     device = device or (torch.device("cpu") if base_device.type == "meta" else base_device)
-    down = MasterLinear(_initial_down(name, rank, layer.in_features, seed, device))
+    down = MasterLinear(initial_down(name, rank, layer.in_features, seed, device))
     up = MasterLinear(torch.zeros(layer.out_features, rank, device=device))
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = down, up
     layer.cast_input_dtype_enabled = False
@@ -202,14 +202,18 @@ def _make_masters(layer: Any, name: str, rank: int, seed: int, device: torch.dev
     return [down.weight, up.weight, magnitude.weight]
 
 
-def _initial_down(name: str, rank: int, in_features: int, seed: int, device: torch.device) -> torch.Tensor:
-    """A (R, I) as in LoRA (arXiv 2106.09685) and its reference code: Kaiming uniform with a = sqrt(5)."""
+def initial_down(name: str, rank: int, in_features: int, seed: int, device: torch.device) -> torch.Tensor:
+    """A (R, I) as in LoRA (arXiv 2106.09685) and its reference code: Kaiming uniform with a = sqrt(5).
+
+    The same bits on every CPU: `rand` is whole numbers over 2^24, so the doubling and the subtraction are exact and only the
+    product is rounded. (`uniform_(-bound, bound)` rounds once or twice, depending on whether the CPU has fused multiply-add.)
+    """
     if device.type == "meta":
         return torch.empty(rank, in_features, device=device)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator).to(device)
+    return ((2.0 * torch.rand(rank, in_features, generator=generator) - 1.0) * bound).to(device)
 
 
 def _factor(layer: Any, letter: str) -> nn.Parameter:

@@ -17,7 +17,7 @@ from .offload.copies import use_device
 
 @dataclass(frozen=True)
 class MicroStep:
-    """One forward pass of this process; `index` counts those of all processes in `step`."""
+    """One forward pass; `index` counts those of `step`."""
 
     step: int
     index: int
@@ -25,21 +25,17 @@ class MicroStep:
 
 
 class Batches:
-    """The batches of one process, on its device. To be closed, which ends the thread."""
+    """The batches of a run, on its device. To be closed, which ends the thread."""
 
-    def __init__(
-        self, samples: Samples, sigmas_at: Callable[[int], tuple[float, float]], process_index: int = 0, num_processes: int = 1
-    ) -> None:
+    def __init__(self, samples: Samples, sigmas_at: Callable[[int], tuple[float, float]]) -> None:
         """`sigmas_at` says between which noise levels a step trains."""
         self._samples, self._sigmas_at = samples, sigmas_at
-        self._first, self._stride = process_index, num_processes
         self._thread = ThreadPoolExecutor(1, "batches", initializer=use_device, initargs=(samples.device,))
         self._ahead: tuple[MicroStep, Future[Batch]] | None = None
 
     def of_step(self, step: int) -> list[MicroStep]:
-        """This process's share of the forward passes of a step, in order."""
-        shares = list(enumerate(self._samples.order.step(step)))
-        return [MicroStep(step, index, micro) for index, micro in shares[self._first :: self._stride]]
+        """The forward passes of a step, in order."""
+        return [MicroStep(step, index, micro) for index, micro in enumerate(self._samples.order.step(step))]
 
     def take(self, wanted: MicroStep) -> Batch:
         """The batch, on the device; from now on the next one is built. Raises what its building raised."""

@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint
 from .condition_problems import clip_problems, condition_problems, preview_problems
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
+from .environment import started_processes
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
 from .even_blocks import block_problem
 from .family import Detection, Family, detect, detect_vae, family_of
@@ -57,7 +58,7 @@ def _plan_of_empty_card(job: Job) -> MemoryPlan | None:
 
     dtype, encoded = DTYPES[pick_precision(job, device)], Encoded.open(Path(job.encoded), job.encoded_identity)
     detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
-    samples = Samples.of(job, detection.family, detection.variant, encoded, 1, device, dtype)
+    samples = Samples.of(job, detection.family, detection.variant, encoded, device, dtype)
     return plan_memory(job, detection, samples, device, dtype, empty_card(device))
 
 
@@ -141,6 +142,7 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
+    yield from _process_problems()
     yield from quantise_problems(job)
     yield from _memory_problems(job)
     yield from _compile_problems(job)
@@ -157,6 +159,12 @@ def _setting_problems(job: Job, started: bool, family: Family | None = None) -> 
             attempt()
         except VideoTrainerError as error:
             yield from _problems("", error)
+
+
+def _process_problems() -> Iterator[Problem]:
+    if (count := started_processes()) > 1:
+        remedy = 'Start it once, without torchrun or accelerate launch; for a second GPU start another job with device "cuda:1".'
+        yield Problem(f"{count} processes were started together (WORLD_SIZE)", "a run is trained by one process, on one GPU", remedy)
 
 
 def _memory_problems(job: Job) -> Iterator[Problem]:

@@ -104,9 +104,9 @@ def check_position(position: Position, encoded_identity: str, micro_per_step: in
     if position.micro_per_step != micro_per_step:
         problems.append(
             Problem(
-                f"accumulation x processes is {micro_per_step}, it was {position.micro_per_step}",
+                f"accumulation is {micro_per_step}, it was {position.micro_per_step}",
                 "a step must show the same samples as before",
-                "Choose accumulation so that the product stays the same.",
+                f"Set accumulation to {position.micro_per_step}.",
             )
         )
     if problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -66,19 +66,19 @@ def held_out_clips(training: Training) -> HeldOut:
 
 
 def optimize(training: Training) -> dict[str, Any]:
-    """One optimizer step over this process's share of the global batch, of the expert whose turn it is; what it measured.
+    """One optimizer step of the expert whose turn it is; what it measured.
 
     The host waits for the device once, for the measurements, when the whole step is queued (prodigy waits twice more for each of its
     parameters: see `build_optimizer`). Raises RunError for a step that
     was not finite; then the LoRA in memory is spoilt and must not be saved.
     """
-    started, job, accelerator = time.perf_counter(), training.job, training.accelerator
+    started, job = time.perf_counter(), training.job
     learner, turn = with_room(training, training.take_turn)
     learning_rate = learner.learning_rate * learning_rate_factor(job.optimizer, turn.step, turn.total_steps)
     set_learning_rate(learner.optimizer, learning_rate)
     loss_sum, sigma_sum = with_room(training, lambda: gradients(training, learner))
     grad_norm = update(training, learner)
-    loss, sigma, norm = accelerator.reduce(torch.stack([loss_sum, sigma_sum, grad_norm.float()]), "mean").tolist()
+    loss, sigma, norm = torch.stack([loss_sum, sigma_sum, grad_norm.float()]).tolist()
     check_finite(training, norm, loss)
     return {
         "epoch": training.samples.order.step(training.step)[-1].epoch,
@@ -93,17 +93,15 @@ def optimize(training: Training) -> dict[str, Any]:
 
 def gradients(training: Training, learner: Learner) -> tuple[torch.Tensor, torch.Tensor]:
     """Accumulates the gradients of a step; the mean loss and noise level, on the device. Nothing else changes."""
-    job, accelerator = training.job, training.accelerator
-    mine = training.batches.of_step(training.step)
+    job, micro_steps = training.job, training.batches.of_step(training.step)
     loss_sum, sigma_sum = torch.zeros((), device=training.device), torch.zeros((), device=training.device)
-    for share in mine:
+    for share in micro_steps:
         torch.manual_seed(derived_seed(job.seed, "step", training.step, share.index))
         batch = training.batches.take(share)
-        with nullcontext() if share is mine[-1] else accelerator.no_sync(learner.transformer):
-            loss = batch_loss(training.family, training.variant, learner.transformer, batch)
-            accelerator.backward(loss / len(mine))
-        loss_sum += loss.detach() / len(mine)
-        sigma_sum += batch.sigma_B.mean() / len(mine)
+        loss = batch_loss(training.family, training.variant, learner.transformer, batch)
+        training.accelerator.backward(loss / len(micro_steps))
+        loss_sum += loss.detach() / len(micro_steps)
+        sigma_sum += batch.sigma_B.mean() / len(micro_steps)
     return loss_sum, sigma_sum
 
 
@@ -154,7 +152,6 @@ def report(training: Training, metrics: dict[str, Any]) -> None:
     """Writes a step's measurements to the run's folder and to the trackers."""
     if training.device.type == "cuda":
         metrics["vram_gib"] = torch.cuda.max_memory_reserved(training.device) / 2**30
-    if training.accelerator.is_main_process:
-        training.run.metrics(step=training.step, **metrics)
+    training.run.metrics(step=training.step, **metrics)
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     training.accelerator.log(numbers, step=training.step)

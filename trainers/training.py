@@ -147,7 +147,7 @@ def open_training(run: Run) -> Training:
     method = method_of(job, base, detection)
     experts = experts_of(job, detection.variant)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
-    samples = Samples.of(job, detection.family, detection.variant, encoded, accelerator.num_processes, device, DTYPES[precision])
+    samples = Samples.of(job, detection.family, detection.variant, encoded, device, DTYPES[precision])
     plan = _planned(job, detection, samples)
     limit_attention(plan.machine if plan else None)
     arrangement = plan.arrangement if plan else arrangement_of(job)
@@ -165,7 +165,7 @@ def open_training(run: Run) -> Training:
         learners=learners,
         encoded=encoded,
         samples=samples,
-        batches=Batches(samples, _sigmas_at(job, learners, samples.total_steps), accelerator.process_index, accelerator.num_processes),
+        batches=Batches(samples, _sigmas_at(job, learners, samples.total_steps)),
         total_steps=samples.total_steps,
         device=device,
         dtype=DTYPES[precision],
@@ -298,11 +298,11 @@ def _load_checkpoint(training: Training, folder: Path) -> None:
 
 
 def _accelerator(run: Run, device: torch.device, precision: str) -> Accelerator:
-    """Accelerate's object for processes, loss scaling and trackers; autocast stays off (the adapter casts by itself)."""
+    """Accelerate's object for loss scaling and trackers; autocast stays off (the adapter casts by itself)."""
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
-    if device.type == "cuda" and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
         torch.cuda.set_device(device)
     return Accelerator(
         cpu=device.type == "cpu",

@@ -47,6 +47,7 @@ LARGE, MIDDLE, SMALL = (81, 512, 512), (33, 512, 512), (33, 256, 256)
 
 _RESIDENT: dict[str, Any] = {}
 _FIFTH = {"weights_share": 0.2, "host": "pinned"}
+_CHUNKED: dict[str, Any] = {"weights_share": 0.2, "host": "pinned", "activations": "host"}
 _FIFTH_MAPPED = {"weights_share": 0.2, "host": "mapped"}
 
 
@@ -56,6 +57,18 @@ def _musubi(*swaps: int) -> tuple[Mapping[str, Any], ...]:
 
 CASES: tuple[Case, ...] = (
     Case("wan-14b 512x512x81 in 12 GiB", "train", "wan-14b", "fp8_scaled", LARGE, 12, steps=4, target=12),
+    *(
+        Case(
+            f"wan-14b 512x512x81 in {count} chunks",
+            "train",
+            "wan-14b",
+            "fp8_scaled",
+            LARGE,
+            arrangement=_CHUNKED | {"chunks": count},
+            steps=2,
+        )
+        for count in (1, 2, 4)
+    ),
     Case("wan-14b 256x256x33 in 8 GiB", "train", "wan-14b", "fp8_scaled", SMALL, 8, target=8),
     Case("wan-14b 512x512x33 streamed, fp8", "train", "wan-14b", "fp8_scaled", MIDDLE, arrangement=_FIFTH, steps=4),
     Case("wan-14b streamed beside resident", "compare", "wan-14b", "bfloat16", MIDDLE, arrangement=_FIFTH, target=1.05),

@@ -117,7 +117,7 @@ def _plain_steps(job: Job, model: FullSize, device: torch.device, dtype: torch.d
     transformer.enable_gradient_checkpointing()
     transformer.train()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    samples = Samples.of(job, model.family, model.variant, Encoded.open(job.encoded), 1, device, dtype)
+    samples = Samples.of(job, model.family, model.variant, Encoded.open(job.encoded), device, dtype)
     batch = samples.batch(1, samples.order.step(1)[0]).to(device)
     autocast = torch.autocast(device.type, dtype, enabled=adapter == "float32" and dtype != torch.float32)
     while True:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from installation import ComfyUI
 from ltx_files import CAUSAL, LTX, NOT_CAUSAL, VAE_HEADERS, native_vae, random_ltx, write_ltx
 from questions import ask, relative
@@ -168,7 +169,7 @@ def test_one_step_of_its_sampler_is_our_velocity(answers: Told, name: str) -> No
 def test_the_noising_is_comfyui_s(answers: Told) -> None:
     asked, seen = question(False), load_file(answers["13B, tiny"][0] / "answer00")["noisy"]
     expected = noised(asked["clean_BCFHW"], asked["noise_BCFHW"], asked["sigma"].reshape(1))
-    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+    assert_near(seen, expected)
 
 
 def test_the_wrong_count_of_frames_would_be_seen(answers: Told) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from installation import PACK, ComfyUI
 from mochi_files import native_vae, tiny_mochi_vae
 from questions import relative
@@ -144,7 +145,7 @@ def test_one_step_of_its_sampler_is_our_velocity_without_and_with_a_lora(answers
     given, tensors = question(), answers["tensors"]
     sigma = given["sigma"].reshape(1)
     noisy = noised(given["clean_BCFHW"], given["noise_BCFHW"], sigma)
-    torch.testing.assert_close(tensors["bare"]["noisy"], noisy, rtol=0, atol=1e-5)
+    assert_near(tensors["bare"]["noisy"], noisy)
     transformer = load(folder)
     prepared = FAMILY.prepare(FAMILY.variants[0], tensors["bare"]["noisy"], sigma, Conditions())
     text = FAMILY.collate_text([TextRecord(given["text_BLD"][0, :9])], torch.device("cpu"), torch.float32)
@@ -198,7 +199,7 @@ def test_the_schedule_is_that_of_the_graph(answers: dict[str, Any]) -> None:
     shift = FAMILY.sampling(FAMILY.variants[0]).shift
     assert answers["sigmas"]["shift"] == shift
     for steps, levels in zip(STEPS, answers["sigmas"]["levels"], strict=True):
-        torch.testing.assert_close(torch.tensor(simple_schedule(steps, shift, 0)), torch.tensor(levels), rtol=0, atol=1e-6)
+        assert_near(torch.tensor(simple_schedule(steps, shift, 0)), torch.tensor(levels), share=1e-6)
 
 
 def test_text_is_that_of_a_diffusers_folder_and_core_s_node(answers: dict[str, Any], folder: Path) -> None:
@@ -215,7 +216,7 @@ def test_text_is_that_of_a_diffusers_folder_and_core_s_node(answers: dict[str, A
         batch = FAMILY.collate_text([TextRecord(tensors[f"text{index}"])], torch.device("cpu"), torch.float32)
         counts_BL = tensors[f"mask{index}"].bool()
         assert batch.mask_BL is None
-        torch.testing.assert_close(batch.embeds_BLD[0], tensors[f"rows{index}"][counts_BL], rtol=0, atol=1e-6)
+        assert_near(batch.embeds_BLD[0], tensors[f"rows{index}"][counts_BL], share=1e-6)
 
 
 def test_objects_of_other_models_are_refused(answers: dict[str, Any]) -> None:

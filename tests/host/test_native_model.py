@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from installation import ComfyUI
 from questions import ask, relative
 from safetensors.torch import load_file, save_file
@@ -116,7 +117,7 @@ def test_one_step_of_its_sampler_is_our_velocity(comfyui: ComfyUI, case: Case, t
     save_file({name: tensor.clone() for name, tensor in question.items()}, tmp_path / "question")
     ask(comfyui, {"task": "denoise", "base": case.base, "inputs": str(tmp_path / "question"), "output": str(tmp_path / "answer")})
     answer = load_file(tmp_path / "answer")
-    torch.testing.assert_close(answer["noisy"], noised(clean, noise, question["sigma"].reshape(1)), rtol=0, atol=1e-5)
+    assert_near(answer["noisy"], noised(clean, noise, question["sigma"].reshape(1)))
     asked = {"noisy_BCFHW": answer["noisy"], "sigma_B": question["sigma"].reshape(1), "text_BLD": question["text_BLD"]}
     save_file(asked, tmp_path / "inputs")
     ours = trainers_velocity(replace(case, inputs=tmp_path / "inputs"), None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from installation import ComfyUI
 from questions import ask, relative
 from safetensors.torch import load_file, save_file
@@ -79,7 +80,7 @@ def check(case: Case, folder: Path, tasks: list[dict[str, Any]], told: list[Any]
     first = 1 if question.in_place else 0  # the frames that are predicted
     noisy = answers[0]["noisy"]
     expected = noised(question.clean_BCFHW, question.noise_BCFHW, torch.tensor([question.sigma]))
-    torch.testing.assert_close(noisy[:, :, first:], expected[:, :, first:], rtol=0, atol=1e-5)
+    assert_near(noisy[:, :, first:], expected[:, :, first:])
 
     detection, transformer = open_variant(Path(tasks[0]["base"]["transformer"]))
     assert detection.variant.id == case.variant

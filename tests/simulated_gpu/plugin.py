@@ -1,6 +1,6 @@
 """For `pytest -p simulated_gpu.plugin`: inserts the GPU before any test imports torch. Every test must leave no race.
 
-Without a compiler the tests are skipped in one line; where CI is set, that is an error.
+Without a compiler one test is skipped, and says so for all; where CI is set, that is an error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import pytest
 
 from . import gpu
 from .build import CannotBuildError
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # as in tests/conftest.py, which comes too late: the GPU imports torch
+    os.environ.setdefault(name, "1")
 
 _reason = ""
 try:
@@ -25,9 +28,11 @@ def pytest_configure() -> None:
         raise pytest.UsageError(_reason)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items if _reason else []:
-        item.add_marker(pytest.mark.skip(reason=_reason))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _reason and items:
+        items[0].add_marker(pytest.mark.skip(reason=f"{len(items)} tests not run: {_reason}"))
+        config.hook.pytest_deselected(items=items[1:])
+        del items[1:]
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_job
-from tiny_families import tiny_conditions, tiny_latents, tiny_text, tiny_transformer_of
+from tiny_families import of_every_variant, tiny_conditions, tiny_latents, tiny_text, tiny_transformer_of
 
 from trainers import attention
 from trainers.attention import BACKENDS, check_attention, use_attention
@@ -18,8 +18,6 @@ from trainers.job import Job, parse_job
 from trainers.preflight import find_problems
 from trainers.text_masks import every_row
 
-VARIANTS = [(family, variant) for family in families().values() for variant in family.variants]
-of_every_variant = pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=[variant.id for _, variant in VARIANTS])
 WAN, MOCHI, HUNYUAN = (families()[name] for name in ("wan", "mochi", "hunyuan"))
 
 

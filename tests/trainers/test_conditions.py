@@ -66,7 +66,7 @@ def extras_of(cache: Cache, number: int) -> dict[str, str]:
 
 
 def samples_of(job: Job, family: FirstFrameWan, variant: Variant) -> Samples:
-    return Samples.of(job, family, variant, Encoded.open(job.encoded), 1, torch.device("cpu"), torch.float32)
+    return Samples.of(job, family, variant, Encoded.open(job.encoded), torch.device("cpu"), torch.float32)
 
 
 def test_every_kind_reaches_prepare_in_the_order_of_the_clips(tmp_path: Path, family: FirstFrameWan):

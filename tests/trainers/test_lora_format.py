@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as library_save_file
@@ -84,48 +85,39 @@ def _same(left: Mapping[str, LoraPair], right: Mapping[str, LoraPair]) -> bool:
     return left.keys() == right.keys() and all(equal(left[name], right[name]) for name in left)
 
 
-SHAPES = [
-    pytest.param(WAN, WAN_NAMES, 8, 8.0, id="wan, alpha = rank"),
-    pytest.param(WAN, WAN_NAMES, 8, 2.0, id="wan, scale 1/4"),
-    pytest.param(WAN, WAN_NAMES, 6, 6.0, id="wan, rank 6"),
-    pytest.param(FUSED, FUSED_NAMES, 8, 8.0, id="fused, alpha = rank"),
-    pytest.param(FUSED, FUSED_NAMES, 8, 2.0, id="fused, scale 1/4"),
-]
-ODD_SCALES = [pytest.param(WAN, WAN_NAMES, 8, 6.0, id="wan, scale 3/4"), pytest.param(FUSED, FUSED_NAMES, 8, 5.3, id="fused, scale 0.6625")]
+SHAPES: dict[str, Any] = {
+    "wan, alpha = rank": (WAN, WAN_NAMES, 8, 8.0),
+    "wan, scale 1/4": (WAN, WAN_NAMES, 8, 2.0),
+    "wan, rank 6": (WAN, WAN_NAMES, 6, 6.0),
+    "fused, alpha = rank": (FUSED, FUSED_NAMES, 8, 8.0),
+    "fused, scale 1/4": (FUSED, FUSED_NAMES, 8, 2.0),
+}
+ODD_SCALES: dict[str, Any] = {"wan, scale 3/4": (WAN, WAN_NAMES, 8, 6.0), "fused, scale 0.6625": (FUSED, FUSED_NAMES, 8, 5.3)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("family", "names", "rank", "alpha"), SHAPES)
-def test_what_is_written_is_read(
-    tmp_path: Path, family: Any, names: list[str], rank: int, alpha: float, form: Form, dtype: torch.dtype
-) -> None:
-    adapter = _adapter(names, rank, alpha, dtype)
+@pairwise("shape, form, dtype", SHAPES, FORMS, [torch.float32, torch.bfloat16])
+def test_what_is_written_is_read(tmp_path: Path, shape: str, form: Form, dtype: torch.dtype) -> None:
+    family, *sizes = (SHAPES | ODD_SCALES)[shape]
+    adapter = _adapter(*sizes, dtype)
     write_lora(tmp_path / "a.safetensors", adapter, family, form)
     read = read_lora(tmp_path / "a.safetensors", family)
     assert _same(read.modules, adapter.modules)
     assert read.metadata == adapter.metadata
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("family", "names", "rank", "alpha"), SHAPES + ODD_SCALES)
-def test_native_to_a_form_and_back_is_the_same_file(
-    tmp_path: Path, family: Any, names: list[str], rank: int, alpha: float, form: Form, dtype: torch.dtype
-) -> None:
-    write_lora(tmp_path / "native.safetensors", _adapter(names, rank, alpha, dtype), family)
+@pairwise("shape, form, dtype", SHAPES | ODD_SCALES, FORMS, [torch.float32, torch.bfloat16, torch.float16])
+def test_native_to_a_form_and_back_is_the_same_file(tmp_path: Path, shape: str, form: Form, dtype: torch.dtype) -> None:
+    family, *sizes = (SHAPES | ODD_SCALES)[shape]
+    write_lora(tmp_path / "native.safetensors", _adapter(*sizes, dtype), family)
     convert(tmp_path / "native.safetensors", tmp_path / "form.safetensors", form)
     convert(tmp_path / "form.safetensors", tmp_path / "again.safetensors", "native")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "native.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("family", "names", "rank", "alpha"), SHAPES)
-def test_a_form_to_native_and_back_is_the_same_file(
-    tmp_path: Path, family: Any, names: list[str], rank: int, alpha: float, form: Form, dtype: torch.dtype
-) -> None:
-    write_lora(tmp_path / "form.safetensors", _adapter(names, rank, alpha, dtype), family, form)
+@pairwise("shape, form, dtype", SHAPES, FORMS, [torch.float32, torch.bfloat16])
+def test_a_form_to_native_and_back_is_the_same_file(tmp_path: Path, shape: str, form: Form, dtype: torch.dtype) -> None:
+    family, *sizes = (SHAPES | ODD_SCALES)[shape]
+    write_lora(tmp_path / "form.safetensors", _adapter(*sizes, dtype), family, form)
     convert(tmp_path / "form.safetensors", tmp_path / "native.safetensors", "native")
     convert(tmp_path / "native.safetensors", tmp_path / "again.safetensors", form)
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "form.safetensors").read_bytes()

@@ -12,21 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import tiny_config, tiny_job_of
+from tiny_families import of_every_variant, tiny_config, tiny_job_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainers import trainer
 from trainers.checkpoint import Checkpoint
-from trainers.family import Family, Variant, detect, families
+from trainers.family import Family, Variant, detect
 from trainers.lora import inject
 from trainers.predict import batch_loss
 from trainers.run import Run
 from trainers.training import Training, open_training
-
-VARIANTS = [(family, variant) for family in families().values() for variant in family.variants]
-of_every_variant = pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=[variant.id for _, variant in VARIANTS])
 
 READING_BACK = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_static", "equal", "allclose", "masked_select", "unique2"}
 """Operators whose result, or the shape of whose result, the host must know."""

@@ -42,18 +42,16 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_process_gets_its_own_batches_of_all_steps(tmp_path: Path, processes: int) -> None:
+def test_the_batches_of_all_steps_are_those_of_the_order(tmp_path: Path) -> None:
     training = opened(tmp_path, accumulation=4)
     seen = {}
-    for process in range(processes):
-        batches = Batches(training.samples, lambda step: (0.0, 1.0), process, processes)
-        for step in range(1, 6):
-            for share in batches.of_step(step):
-                assert_same(batches.take(share), training.samples.batch(step, share.micro))
-                seen[step, share.index] = share.micro
-        assert batches._ahead is None, "nothing comes after the last step"
-        batches.close()
+    batches = Batches(training.samples, lambda step: (0.0, 1.0))
+    for step in range(1, 6):
+        for share in batches.of_step(step):
+            assert_same(batches.take(share), training.samples.batch(step, share.micro))
+            seen[step, share.index] = share.micro
+    assert batches._ahead is None, "nothing comes after the last step"
+    batches.close()
     assert seen == {(step, index): micro for step in range(1, 6) for index, micro in enumerate(training.samples.order.step(step))}
     training.batches.close()
 

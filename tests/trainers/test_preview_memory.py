@@ -107,7 +107,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def planner(job: Job) -> _Planner:
     """For a card that has room for everything."""
     detection, device = detect(Checkpoint.open(job.base.transformer)), torch.device("cpu")
-    samples = Samples.of(job, detection.family, detection.variant, Encoded.open(job.encoded), 1, device, torch.float32)
+    samples = Samples.of(job, detection.family, detection.variant, Encoded.open(job.encoded), device, torch.float32)
     ample = Machine("a card", "cuda", 80 * GIB, 80 * GIB, 64 * GIB, flops_rate=1e13, memory_rate=1e11, copy_rate=1e10)
     trace = JobTrace.of(job, detection, samples, ample, torch.float32)
     plan = choose(job, trace, ample)

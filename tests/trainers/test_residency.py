@@ -8,7 +8,7 @@ import pytest
 import tiny_families
 import torch
 from adversary import Adversary
-from tiny_families import TINY, tiny_job_of
+from tiny_families import TINY, of_every_variant, tiny_job_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainers import residency as residency_module
@@ -21,8 +21,6 @@ from trainers.predict import batch_loss
 from trainers.residency import Residency, blocks_of, tighter
 from trainers.run import Run
 from trainers.training import Training, open_training
-
-VARIANTS = [(family, variant) for family in families().values() for variant in family.variants]
 
 WAYS = {
     "streamed": {"stream": "always"},
@@ -66,7 +64,7 @@ def gradients(training: Training, steps: int = 2) -> list[torch.Tensor]:
     return [parameter.grad for parameter in learner.parameters]
 
 
-@pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=[variant.id for _, variant in VARIANTS])
+@of_every_variant
 def test_offloaded_gradients_are_resident_gradients_bit_for_bit(tmp_path, deeper, monkeypatch, family, variant):
     """All blocks through two slots, then one block resident and the rest through two; copies are as late as they may be."""
     wanted = gradients(opened(tmp_path / "resident", family, variant))
@@ -91,7 +89,7 @@ def test_offloaded_gradients_are_resident_gradients_bit_for_bit(tmp_path, deeper
     residency.leave()
 
 
-@pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=[variant.id for _, variant in VARIANTS])
+@of_every_variant
 def test_what_a_block_ends_with_is_not_computed_again(tmp_path, monkeypatch, family, variant):
     """The products alone: what is trained beside them is the same bits."""
     found, flops = [], []

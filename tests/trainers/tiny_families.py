@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from trainers.data.cache import Cache
@@ -27,6 +28,7 @@ from trainers.family import (
     Vae,
     VaeDetection,
     Variant,
+    families,
 )
 from trainers.job import Job, parse_job
 from trainers.load import native_state
@@ -242,6 +244,22 @@ TINY: Mapping[str, TinyFamily] = {"wan": WAN, "ltx": LTX, "hunyuan": HUNYUAN, "m
 
 
 # Models
+
+
+def variant_cases() -> list[Any]:
+    """(family, variant) for every variant, as parameters. One whose tiny model and conditions an earlier one has is slow."""
+    seen: list[object] = []
+    cases = []
+    for family in families().values():
+        for variant in family.variants:
+            given = family.required(variant), family.first_frame(variant), variant.boundary
+            alike = (family.id, TINY[family.id].config(variant.id), given)
+            cases.append(pytest.param(family, variant, id=variant.id, marks=[pytest.mark.slow] if alike in seen else []))
+            seen.append(alike)
+    return cases
+
+
+of_every_variant = pytest.mark.parametrize(("family", "variant"), variant_cases())
 
 
 def class_defaults(family: Family) -> Config:

@@ -1,8 +1,7 @@
 """Which clips a step sees: a function of (seed, step), so that a resume needs only the step's number.
 
 An epoch is every training clip, repeats counted, in micro-batches of one bucket (equal latent shape). The micro-batches
-of all epochs form one endless row; a step takes the next `accumulation x processes` of them. One card with accumulation 8
-and eight cards with accumulation 1 therefore see the same samples.
+of all epochs form one endless row; a step takes the next `accumulation` of them.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ class MicroBatch:
 class Order:
     """The order of a run.
 
-    `buckets[i]` is the bucket of clip i and `repeats[i]` how often an epoch shows it. `micro_per_step` is accumulation
-    times processes.
+    `buckets[i]` is the bucket of clip i and `repeats[i]` how often an epoch shows it. `micro_per_step` is the job's accumulation.
     """
 
     buckets: Sequence[Hashable]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
-from tiny_families import filled, tiny_conditions, tiny_config, tiny_latents, tiny_text
+from tiny_families import filled, tiny_conditions, tiny_config, tiny_latents, tiny_text, variant_cases
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,10 +26,9 @@ from trainers.residency import Residency, blocks_of
 
 CPU = torch.device("cpu")
 CASES = [
-    pytest.param(family, variant, kept, {}, id=variant.id + (", first frame kept" if kept else ""))
-    for family in families().values()
-    for variant in family.variants
-    for kept in ((False, True) if family.first_frame(variant) else (False,))
+    pytest.param(*case.values, kept, {}, id=f"{case.id}, first frame kept" if kept else case.id, marks=case.marks)
+    for case in variant_cases()
+    for kept in ((False, True) if case.values[0].first_frame(case.values[1]) else (False,))
 ]
 WAN = families()["wan"]
 CASES.append(pytest.param(WAN, WAN.variants[0], False, {"cross_attn_norm": False}, id="wan, no norm before cross-attention"))

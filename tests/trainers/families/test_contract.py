@@ -16,6 +16,7 @@ from tiny_families import (
     TINY,
     Published,
     class_defaults,
+    of_every_variant,
     tiny_conditions,
     tiny_config,
     tiny_job_of,
@@ -47,7 +48,6 @@ SPEC = LoraSpec(rank=2, alpha=1.0)
 CPU = torch.device("cpu")
 
 of_every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
-of_every_variant = pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=[variant.id for _, variant in VARIANTS])
 of_every_vae = pytest.mark.parametrize(("family", "vae"), VAES, ids=[vae.id for _, vae in VAES])
 of_every_published = pytest.mark.parametrize(("family", "published"), PUBLISHED, ids=[published.file_name for _, published in PUBLISHED])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from ltx_files import CAUSAL, CONFIG, NOT_CAUSAL, random_ltx, write_ltx
 from model_files import T2V_1_3B, entries, shapes_of, write_header_only
 from safetensors.torch import load_file, save_file
@@ -208,7 +209,7 @@ def test_fp8_scaled_reaches_the_model_with_its_scales(tmp_path: Path, spelling: 
         checkpoint = Checkpoint.open(tmp_path / file)
         transformer = load_transformer(checkpoint, detect(checkpoint), "cpu", torch.float32)
         answers.append(FAMILY.predict(transformer, prepared(Conditions()), text()))
-    torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
+    assert_near(answers[0], answers[1])
 
 
 def test_targets_are_the_linears_of_the_blocks_only() -> None:
@@ -299,7 +300,7 @@ def test_causal_positions_are_pixels_and_seconds() -> None:
     transformer.rope = transformer.rope.rope
     packed = inputs.latents_BCFHW.permute(0, 2, 3, 4, 1).reshape(2, 24, 128)
     theirs = transformer(packed, given.embeds_BLD, inputs.timesteps, given.mask_BL, video_coords=coords_B3N).sample
-    torch.testing.assert_close(ours, theirs.view(2, 3, 2, 4, 128).permute(0, 4, 1, 2, 3), rtol=0, atol=1e-5)
+    assert_near(ours, theirs.view(2, 3, 2, 4, 128).permute(0, 4, 1, 2, 3))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -317,7 +318,7 @@ def test_a_batch_is_its_samples(causal: bool) -> None:
         record = TextRecord(texts.embeds_BLD[index, :length])
         inputs = FAMILY.prepare(VARIANT, noisy[one], sigma[one], conditions)
         alone = FAMILY.predict(transformer, inputs, FAMILY.collate_text([record], torch.device("cpu"), torch.float32))
-        torch.testing.assert_close(together[one], alone, rtol=0, atol=1e-5)
+        assert_near(together[one], alone)
 
 
 def test_ten_steps_lower_the_loss() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from ltx_files import LTX, VAE_CONFIGS, VAE_HEADERS, native_vae, random_vae, vae_kind
 from model_files import entries, shapes_of, write_header_only
 from safetensors.torch import save_file
@@ -153,8 +154,8 @@ def test_video_goes_through_in_latents_that_the_vae_s_own_statistics_normalise(v
     latents = LTX.encode_video(vae, pixels)
     assert latents.shape == (1, *LTX.latent(LTX.variants[1]).shape(9, 64, 96))
     mean, std = (statistics.view(1, -1, 1, 1, 1) for statistics in (vae.latents_mean, vae.latents_std))
-    torch.testing.assert_close(latents * std + mean, vae.encode(pixels).latent_dist.mean, rtol=0, atol=1e-5)
-    torch.testing.assert_close(LTX.encode_video(vae, pixels[:, :, :1]), latents[:, :, :1], rtol=0, atol=1e-5)
+    assert_near(latents * std + mean, vae.encode(pixels).latent_dist.mean)
+    assert_near(LTX.encode_video(vae, pixels[:, :, :1]), latents[:, :, :1])
 
 
 def test_decoding_is_the_same_every_time_and_moves_no_generator(vae_file: Path) -> None:
@@ -207,7 +208,7 @@ def test_text_is_encoded_as_with_a_mask_over_the_padding_and_never_cut() -> None
     padded = tokenizer(prompts[:2], padding="max_length", max_length=128, return_tensors="pt")
     hidden = encoder(padded.input_ids, padded.attention_mask).last_hidden_state
     for record, rows in zip(records, hidden, strict=False):
-        torch.testing.assert_close(record.embeds_LD, rows[: len(record.embeds_LD)], rtol=0, atol=1e-12)
+        assert_near(record.embeds_LD, rows[: len(record.embeds_LD)], share=1e-12)
 
 
 def test_a_random_vae_is_what_its_config_says() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from mochi_files import MOCHI, MOCHI_VAE, native_vae, tiny_mochi, tiny_mochi_vae
 from model_files import Shapes, entries, shapes_of, write_header_only
 from safetensors.torch import load_file, save_file
@@ -182,7 +183,7 @@ def test_video_goes_through_the_vae_and_back_in_normalised_latents(tmp_path: Pat
     latents = FAMILY.encode_video(vae, pixels)
     assert latents.shape == (1, *LATENT.shape(7, 16, 24))
     mean, std = (torch.tensor(values).view(1, 12, 1, 1, 1) for values in (LATENT.mean, LATENT.std))
-    torch.testing.assert_close(latents * std + mean, vae.encode(pixels).latent_dist.mean, rtol=0, atol=1e-6)
+    assert_near(latents * std + mean, vae.encode(pixels).latent_dist.mean, share=1e-6)
     decoded = FAMILY.decode_video(vae, latents)
     assert decoded.shape == pixels.shape
     theirs = vae.decode(latents * std + mean).sample.clamp(-1, 1)
@@ -241,9 +242,7 @@ def test_padding_changes_nothing() -> None:
     prepared = FAMILY.prepare(FAMILY.variants[0], clean, sigma, Conditions())
     batch = text()
     other = TextBatch(torch.where(batch.mask_BL[:, :, None], batch.embeds_BLD, torch.tensor(7.0)), batch.mask_BL)
-    torch.testing.assert_close(
-        FAMILY.predict(transformer, prepared, batch), FAMILY.predict(transformer, prepared, other), rtol=0, atol=1e-5
-    )
+    assert_near(FAMILY.predict(transformer, prepared, batch), FAMILY.predict(transformer, prepared, other))
 
 
 def test_text_is_256_rows_with_a_mask_padded_or_cut() -> None:
@@ -353,7 +352,7 @@ def test_text_is_encoded_as_the_pipeline_of_diffusers_does() -> None:
     expected, mask = pipeline._get_t5_prompt_embeds(prompts, device=CPU)
     batch = FAMILY.collate_text(records, CPU, torch.float64)
     assert torch.equal(batch.mask_BL, mask)
-    torch.testing.assert_close(batch.embeds_BLD, expected * mask[:, :, None], rtol=0, atol=1e-12)
+    assert_near(batch.embeds_BLD, expected * mask[:, :, None], share=1e-12)
 
 
 # LoRA files

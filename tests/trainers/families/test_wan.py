@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from model_files import T2V_1_3B, T2V_14B, TINY, VAE, entries, shapes_of, tiny_transformer, tiny_vae, write_header_only
 
 from trainers.checkpoint import Checkpoint
@@ -194,10 +195,10 @@ def test_video_goes_through_the_vae_and_back_in_normalised_latents() -> None:
     assert latents.shape == (1, *LATENT.shape(5, 16, 24))
     mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (LATENT.mean, LATENT.std))
     posterior = vae.encode(pixels).latent_dist
-    torch.testing.assert_close(latents * std + mean, posterior.mean, rtol=0, atol=1e-6)
+    assert_near(latents * std + mean, posterior.mean, share=1e-6)
     decoded = FAMILY.decode_video(vae, latents)
     assert decoded.shape == pixels.shape
-    torch.testing.assert_close(decoded, vae.decode(posterior.mean).sample, rtol=0, atol=1e-5)
+    assert_near(decoded, vae.decode(posterior.mean).sample)
 
 
 def tiny_text_encoder() -> tuple[Any, torch.nn.Module]:
@@ -224,4 +225,4 @@ def test_text_is_encoded_as_the_pipeline_of_diffusers_does() -> None:
     pipeline = WanPipeline(tokenizer, encoder, tiny_vae(), scheduler=None, transformer=None)
     expected = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=512, device=torch.device("cpu"))
     batch = FAMILY.collate_text(records, torch.device("cpu"), torch.float64)
-    torch.testing.assert_close(batch.embeds_BLD, expected, rtol=0, atol=1e-12)
+    assert_near(batch.embeds_BLD, expected, share=1e-12)

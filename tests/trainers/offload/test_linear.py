@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,10 +42,7 @@ def run(module: nn.Module, input: torch.Tensor, recompute: bool = False) -> tupl
     return output.detach(), input.grad
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stored", STORED)
+@pairwise("stored, compute, scale, recompute", STORED, [torch.float32, torch.bfloat16, torch.float16], SCALES, [False, True])
 def test_output_and_gradient_are_those_of_a_linear_bit_for_bit(
     stored: torch.dtype, compute: torch.dtype, scale: str, recompute: bool
 ) -> None:

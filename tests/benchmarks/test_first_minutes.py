@@ -1,0 +1,54 @@
+"""The script for the first minutes on a GPU asks for cases that exist, and reads what they found."""
+
+from __future__ import annotations
+
+import json
+
+import full_size  # noqa: F401  first: it says where the others are
+from cases import CASES
+from first_minutes import ASYNC, CHUNKS, PART_SECONDS, PARTS, _rounds, found_in, main
+
+QUESTIONS = [question for part in PARTS for question in part]
+
+
+def result(name: str, reserved_gib: float) -> dict:
+    """A case as `full_size.py` writes it."""
+    return {
+        "case": name,
+        "step_seconds": 2.0,
+        "ratio_median": 1.04,
+        "card": {"peak_reserved_gib": reserved_gib, "peak_allocated_gib": 0.9 * reserved_gib, "context_gib": 0.5},
+        "predicted": {"allocated_gib": 0.9 * reserved_gib, "step_seconds": 1.0},
+        "profile": {"idle_share": 0.03, "host_bytes_beside_activations": 4},
+    }
+
+
+def test_every_case_is_selected_by_its_name_alone():
+    for part in (1, 2):
+        for names in _rounds(part):
+            selected = [case.name for case in CASES if case.kind != "peer" and any(name in case.name for name in names)]
+            wanted = {name for question in PARTS[part - 1] for name in question.cases}
+            assert set(selected) <= wanted
+            assert {name.partition(",")[0] for name in wanted - {ASYNC}} >= set(names)
+    assert {name for question in QUESTIONS for name in question.cases} - {ASYNC} <= {case.name for case in CASES}
+    assert sum(PART_SECONDS) <= 900
+
+
+def test_answers_are_read_from_the_results(tmp_path, capsys):
+    names = {name for question in QUESTIONS for name in question.cases} - {ASYNC}
+    (tmp_path / "part1.json").write_text(json.dumps({"cases": [result(name, 10.0) for name in sorted(names)]}))
+    (tmp_path / "part2_async.json").write_text(json.dumps({"cases": [result("wan-1.3b 480x832x33 in 16 GiB", 12.0)]}))
+    main(["--out", str(tmp_path), "--answer"])
+    said = capsys.readouterr().out
+    assert "not measured" not in said
+    assert "1: 10.00 GiB, 2.00 s a step; 2: 10.00 GiB" in said
+    assert "cudaMallocAsync: 12.00 GiB reserved" in said
+    assert found_in(tmp_path)[ASYNC]["card"]["peak_reserved_gib"] == 12.0
+
+
+def test_what_was_not_measured_is_named(tmp_path, capsys):
+    (tmp_path / "part1.json").write_text(json.dumps({"cases": [{"case": CHUNKS[1], "error": "out of memory"}, result(CHUNKS[2], 8.0)]}))
+    main(["--out", str(tmp_path), "--answer"])
+    said = capsys.readouterr().out
+    assert f"Do chunks save anything?** not measured ({CHUNKS[1]}, {CHUNKS[4]})" in said
+    assert f"{CHUNKS[2]}: 1.00" in said, "plan and peak are read from any case that has them"
