@@ -5,21 +5,26 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
-from tiny_families import filled, tiny_conditions, tiny_config, tiny_latents, tiny_text
+from tiny_families import filled, tiny_conditions, tiny_config, tiny_job_of, tiny_latents, tiny_text
 
 from trainers import attention_by_heads
 from trainers.attention import use_attention
 from trainers.attention_by_heads import by_heads, limit_attention
-from trainers.family import Family, Variant, families
+from trainers.checkpoint import Checkpoint
+from trainers.family import Family, Variant, detect, families
 from trainers.job import LoraSpec
+from trainers.job_memory import tracer_of
 from trainers.lora import inject
 from trainers.machine import CARDS, Machine, has_kernel_time_limit
+from trainers.memory_trace import StepShape
+from trainers.offload.arrangement import Arrangement
 from trainers.offload.blocks import Blocks
 from trainers.offload.chunks import in_chunks
 from trainers.offload.compiled import compiled
@@ -187,6 +192,19 @@ def test_a_long_clip_is_split_on_a_slow_gpu_and_a_short_one_is_not(launches: Lau
         launches.whole = lambda query, **_: torch.empty_like(query)
         assert dispatch_attention_fn(rows, rows, rows).shape == rows.shape
         assert len(launches.heads) == groups
+
+
+def test_the_plan_counts_what_it_takes(launches: Launches, tmp_path: Path) -> None:
+    """The groups' outputs and the whole one are there at once. Without it, a plan that just fits would run out of memory."""
+    family = families()["ltx"]
+    job = tiny_job_of(tmp_path, family, family.variants[0], gradient_checkpointing=True)
+    checkpoint = Checkpoint.open(job.base.transformer)
+    shape = StepShape((128, 5, 24, 24), 1, 4, 32)
+    peaks = []
+    for machine in (limited(kernel_time_limit=False), limited()):
+        tracer = tracer_of(job, checkpoint, detect(checkpoint), machine, torch.float32)
+        peaks.append(tracer.step(shape, Arrangement()).peak_bytes)
+    assert peaks[1] > peaks[0]
 
 
 class Driver:
