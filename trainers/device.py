@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 
@@ -39,3 +40,15 @@ def pick_precision(job: Job, device: torch.device) -> str:
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def allocator(device: torch.device) -> str:
+    """Which allocator gives a GPU's memory, "" for another device. Ask once something lies on the GPU."""
+    if device.type != "cuda":
+        return ""
+    backend: str = torch.cuda.get_allocator_backend()
+    if backend != "native":  # which lists no segments
+        return backend
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    grow = any(segment.get("is_expandable") for segment in segments)  # what was asked for may not be what the driver can do
+    return f"{backend}, expandable segments" if grow else backend

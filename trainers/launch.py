@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from .environment import environment_of_worker
 from .errors import RunError
 from .run import Run
 
@@ -60,13 +62,29 @@ def _command(run: Run) -> list[str]:
 
 def _start(run: Run) -> subprocess.Popen[bytes]:
     with run.log_file.open("ab") as log:
-        command = _command(run)
-        if sys.platform == "win32":
-            # Not DETACHED_PROCESS: without any console, each program that the worker starts would open a window.
-            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=run.folder, close_fds=True, creationflags=flags
-            )
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=run.folder, close_fds=True, start_new_session=True
-        )
+        for options in _apart_from_its_starter():
+            try:
+                return subprocess.Popen(
+                    _command(run),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=run.folder,
+                    env=environment_of_worker(),
+                    close_fds=True,
+                    **options,
+                )
+            except PermissionError as error:
+                refused = error
+        raise refused
+
+
+def _apart_from_its_starter() -> list[dict[str, Any]]:
+    """Options with which a worker lives on when its starter's processes are ended, the best first."""
+    if sys.platform != "win32":
+        return [{"start_new_session": True}]
+    # Not DETACHED_PROCESS: without any console, each program that the worker starts would open a window.
+    flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+    # ComfyUI Desktop may keep its processes in a job object, which ends all of them with it; some jobs let none leave, and
+    # then access is denied.
+    return [{"creationflags": flags | subprocess.CREATE_BREAKAWAY_FROM_JOB}, {"creationflags": flags}]

@@ -76,12 +76,12 @@ def write_lora(
     tensors = _spelled(adapter, family, form, path.name)
     try:
         save_file(tensors, path, {**adapter.metadata, **(metadata or {}), "format": "pt", **record}, overwrite=overwrite)
-    except FileExistsError:
+    except FileExistsError as error:
         problem = Problem(f"{path} exists and is another file", "no file is overwritten", "Choose another name or move it away.")
-        raise LoraError(str(problem)) from None
+        raise LoraError(str(problem)) from error
     except OSError as error:
         problem = Problem(f"{path} cannot be written ({error.strerror})", "the folder must exist and have room", "Choose another folder.")
-        raise LoraError(str(problem)) from None
+        raise LoraError(str(problem)) from error
 
 
 def native_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -207,10 +207,10 @@ def _seconds(work: Work, machine: Machine) -> float:
 def too_large(plan: MemoryPlan, traced: Traced) -> Problem:
     """What is wrong when nothing fits, and what would: less of one thing at a time."""
     price, machine, job = plan.price, plan.machine, plan.job
-    needed, free = price.device_bytes + price.reserve_bytes, machine.free_bytes
-    where = f"{machine.name} has {size_text(free)} for it"
-    if needed <= free:
-        needed, free, where = price.host_bytes, machine.ram_bytes, f"{size_text(free)} of the machine's memory are free"
+    needed = price.device_bytes + price.reserve_bytes
+    where = f"{machine.name} has {size_text(machine.free_bytes)} for it"
+    if needed <= machine.free_bytes:
+        needed, where = price.host_bytes, f"{size_text(machine.ram_bytes)} of the machine's memory are free"
     remedies = list(_remedies(plan, traced))
     remedy = f"Use {' or '.join(remedies)}." if remedies else "Use a smaller model, or a larger card."
     return Problem(f"the largest batch of {job.name} takes {size_text(needed)} at the least", where, remedy)

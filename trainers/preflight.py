@@ -28,6 +28,7 @@ from .job import Job, LoraSpec
 from .lora import dora_problem
 from .lora_description import describe
 from .optimizers import check_optimizer
+from .path_lengths import path_problem
 from .quantise import check_quantiser, quantise_problems
 from .run import Run, find_run
 
@@ -143,6 +144,8 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
     yield from _process_problems()
+    if problem := path_problem(job):
+        yield problem
     yield from quantise_problems(job)
     yield from _memory_problems(job)
     yield from _compile_problems(job)

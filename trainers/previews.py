@@ -77,7 +77,11 @@ class Previews:
     def _write_one(self, room: PreviewRoom, path: Path, index: int) -> npt.NDArray[np.uint8]:
         latents_BCFHW = room.sampled(lambda: self._sample(index).cpu())
         frames_FHWC = room.decoded(lambda tile_pixels: self._decode(latents_BCFHW, tile_pixels))
-        write_video(path, frames_FHWC, self.training.family.latent(self.training.variant).fps)
+        try:
+            write_video(path, frames_FHWC, self.training.family.latent(self.training.variant).fps)
+        except OSError as error:  # a full disk
+            step, run = self.training.step, self.training.run
+            run.event("warning", step=step, message=f"the preview {path.name} could not be saved: {error}; training goes on without it")
         return frames_FHWC
 
     def _sample(self, index: int) -> torch.Tensor:

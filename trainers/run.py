@@ -1,7 +1,8 @@
 """One training run is one folder. Its names are a promise to users and to other programs:
 
     job.json             what was asked for; never changed
-    events.jsonl         {"time", "event", ...}: queued training checkpoint sample memory paused resumed stopped failed done
+    events.jsonl         {"time", "event", ...}: queued training checkpoint sample memory warning paused resumed stopped failed
+                         done
     metrics.jsonl        {"step", "loss", "lr", "seconds", ...}; the last line of a step counts
     control/             flag files `pause` and `stop`, looked at in every step
     checkpoints/         step-000500/, whole or not there
@@ -218,7 +219,7 @@ class Run:
                 self._checkpoints.remove(step)
 
     def tidy(self) -> None:
-        """Mend what a killed worker left. For the holder of `lock()`."""
+        """Puts right what a killed worker left. For the holder of `lock()`."""
         self._checkpoints.tidy()
         remove_partial_files(self.job.output_folder / self.name)
 

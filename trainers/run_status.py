@@ -37,6 +37,7 @@ class RunStatus:
     first; a live run's pace is None too until it has taken a step since it was last started, and steps of ten times
     the usual (in which blocks are compiled) do not count in it. `message` is what the last event of a state said
     (the error of a failed run), `memory` what the last event about memory said: what was chosen, or what ran out.
+    `warning` is the last one since the run was started or saved a checkpoint: what a user should look at while it trains.
     `request` is what the run was asked to do and has not done yet.
     """
 
@@ -49,6 +50,7 @@ class RunStatus:
     seconds_per_step: float | None
     message: str
     memory: str
+    warning: str
     request: Request | None
 
     @property
@@ -106,6 +108,7 @@ def make_status(
         seconds_per_step=None if starting else _pace(recent_metrics),
         message=str(event.get("message", "")),
         memory=_last_message(events, "memory"),
+        warning=_last_message(_since(events, ("queued", "checkpoint")), "warning"),
         request=request,
     )
 
@@ -128,6 +131,12 @@ def last_measures(events: Sequence[Mapping[str, Any]]) -> dict[str, float] | Non
 def _started(events: Sequence[Mapping[str, Any]]) -> float:
     """When the run was last started, in seconds since 1970; 0 when no event tells."""
     return max((float(event.get("time", 0)) for event in events if event.get("event") in _STARTS), default=0.0)
+
+
+def _since(events: Sequence[Mapping[str, Any]], names: tuple[str, ...]) -> Sequence[Mapping[str, Any]]:
+    """The events after the last one of these names; all when there is none."""
+    last = next((index for index in range(len(events) - 1, -1, -1) if events[index].get("event") in names), -1)
+    return events[last + 1 :]
 
 
 def _last_message(events: Sequence[Mapping[str, Any]], name: str) -> str:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from .awake import awake
 from .environment import allow_determinism, go_offline, use_memory_without_gaps
 from .errors import VideoTrainerError
 from .lock import FileLock, device_lock
@@ -63,7 +64,8 @@ def _train(run: Run) -> Outcome:
 
         step = run.latest_checkpoint()
         run.event("training" if step is None else "resumed", step=step or 0)
-        return train(run)
+        with awake():
+            return train(run)
     finally:
         lock.release()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,11 +42,24 @@ class Learnt:
 
 
 def save_state(folder: Path, position: Position, file: str, learnt: Mapping[str, Learnt], scaler: dict[str, Any] | None) -> None:
-    """Writes a checkpoint's files into an empty folder: for each expert by name its tensors, in `file`, and `optimizer`."""
+    """Writes a checkpoint's files into an empty folder: for each expert by name its tensors, in `file`, and `optimizer`.
+
+    Raises OSError when the disk does not take them.
+    """
     for expert, one in learnt.items():
         save_file(one.tensors, folder / f"{_named(file, expert)}.safetensors", {})
-        torch.save({"optimizer": one.optimizer, "scaler": scaler}, folder / f"{_named('optimizer', expert)}.pt")
+        _save({"optimizer": one.optimizer, "scaler": scaler}, folder / f"{_named('optimizer', expert)}.pt")
     (folder / "position.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=2), "utf-8")
+
+
+def _save(content: object, path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20  # all that torch says is "unexpected pos 640 vs 534"
+        raise OSError(f"{path.name} could not be written, its disk has {free:,.0f} MiB free") from error
 
 
 def read_position(folder: Path) -> Position:

@@ -42,6 +42,7 @@ class StepFolders:
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
         """An empty folder to fill; on leaving it is `path(step)`, replacing an earlier one. On an error nothing changes."""
+        self.tidy()  # what an earlier attempt could not remove would take the disk's space
         unfinished = self._beside(step, "tmp")
         unfinished.mkdir(parents=True)
         try:
@@ -57,7 +58,7 @@ class StepFolders:
         self._discard(self.path(step), step)
 
     def tidy(self) -> None:
-        """Mend what a killed writer left. Call it only while no other process writes."""
+        """Puts right what a killed writer left. Call it only while no other process writes."""
         for name in _names(self.folder):
             match = _LEFTOVER.fullmatch(name)
             if match and match[2] == "old" and not (self.folder / match[1]).exists():
@@ -73,14 +74,18 @@ class StepFolders:
             return
         old = self._beside(step, "old")
         rename(target, old)
-        rename(unfinished, target)
+        try:
+            rename(unfinished, target)
+        except BaseException:
+            rename(old, target)
+            raise
         flush_folder(self.folder)
         with suppress(OSError):  # what stays is removed by `tidy`
             self._discard(old, step)
 
     def _discard(self, folder: Path, step: int) -> None:
         trash = self._beside(step, "trash")
-        rename(folder, trash)
+        rename(folder, trash, patience_seconds=2.0)  # one that is open in the Explorer is removed another time
         shutil.rmtree(trash, ignore_errors=True)
 
     def _beside(self, step: int, ending: str) -> Path:

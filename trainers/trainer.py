@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from contextlib import closing
 from typing import Any
 
 import torch
 
+from .device import allocator
 from .errors import RunError
 from .evaluate import HeldOut
 from .flow import derived_seed
 from .job import due
 from .optimizers import learning_rate_factor, set_learning_rate
+from .pace import Pace
 from .predict import batch_loss
 from .previews import Previews
 from .room import is_out_of_memory, probe, with_room
 from .run import Run
 from .run_status import OUTCOMES, Outcome
-from .training import Learner, Training, open_training, save_checkpoint
+from .training import Learner, Training, check_saved, open_training, save_checkpoint
 
 MOST_SKIPPED_STEPS = 20
 """In a row: twenty halvings take any loss scale below 1, where finite gradients cannot overflow any more."""
@@ -37,10 +40,11 @@ def train(run: Run) -> Outcome:
 
 def _train(training: Training) -> Outcome:
     run = training.run
-    run.event("training", step=training.step, total_steps=training.total_steps)
+    found = {"allocator": name} if (name := allocator(training.device)) else {}
+    run.event("training", step=training.step, total_steps=training.total_steps, **found)
     if training.step < training.total_steps:
         probe(training)
-    previews, held_out = Previews.of(training), held_out_clips(training)
+    previews, held_out, pace = Previews.of(training), held_out_clips(training), Pace()
     previews.write_if_due(training.step, training.step == training.total_steps)
     while training.step < training.total_steps:
         if asked := run.requested():
@@ -48,7 +52,10 @@ def _train(training: Training) -> Outcome:
                 save_checkpoint(training)
             return OUTCOMES[asked]
         training.step += 1
+        there = training.resident
         metrics = optimize(training)
+        if training.resident is there:  # or the step's time is that of loading weights, too
+            watch_pace(training, pace, metrics["seconds"])
         last = training.step == training.total_steps
         if due(training.step, run.job.held_out.every_steps, last):
             metrics |= with_room(training, lambda: held_out.loss(training.transformer_at, training.device, training.dtype))
@@ -57,6 +64,7 @@ def _train(training: Training) -> Outcome:
             save_checkpoint(training)
         previews.write_if_due(training.step, last)
     training.accelerator.end_training()
+    check_saved(training)
     return "done"
 
 
@@ -146,6 +154,16 @@ def check_finite(training: Training, grad_norm: float, loss: float) -> None:
         return
     other = "" if training.dtype == torch.float32 else f", or set precision to {'bf16 or fp32' if scaled else 'fp32'}"
     raise RunError(f"{problem} {training.run.what_is_kept()} Lower optimizer.learning_rate{other}, and train again.")
+
+
+def watch_pace(training: Training, pace: Pace, seconds: float) -> None:
+    """Warns when the GPU has become slow. A kind of steps is one expert, one mix of sizes and one way to keep the weights."""
+    learner, order = training.resident, training.samples.order
+    if learner is None or training.device.type != "cuda":
+        return
+    sizes = Counter((order.buckets[batch.clips[0]], len(batch.clips)) for batch in order.step(training.step))
+    if warning := pace.add((learner.expert.name, frozenset(sizes.items()), learner.residency.arrangement), seconds):
+        training.run.event("warning", step=training.step, message=warning)
 
 
 def report(training: Training, metrics: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
 from .device import DTYPES, pick_device, pick_precision
+from .errors import LoraError, RunError
 from .experts import Expert, Turn, expert_at, experts_of, turn_of
 from .family import Detection, Family, Variant, detect
 from .job import Job
@@ -78,6 +79,8 @@ class Training:
     skipped_steps: int = 0
     """How many of the last steps a loss scaler skipped, one after the other."""
     resident: Learner | None = None
+    unsaved: str = ""
+    """Why the files of the latest checkpoint are not there; "" when they are."""
 
     @property
     def position(self) -> Position:
@@ -241,23 +244,65 @@ def _learner(
 
 
 def save_checkpoint(training: Training) -> None:
-    """Writes the checkpoint of the present step, then its LoRA or model files, and drops the oldest checkpoints."""
-    run, step, method, scaler = training.run, training.step, training.method, training.accelerator.scaler
+    """Writes the checkpoint of the present step, then its LoRA or model files, and drops the oldest checkpoints.
+
+    What cannot be written (the disk is full, another program holds a file) is no reason to lose the training: the run's events
+    and `training.unsaved` say it, and the next checkpoint is another chance.
+    """
+    run, step, last = training.run, training.step, training.step == training.total_steps
     files = [lora_path(run, step, learner.expert) for learner in training.trained]
     known = step in run.checkpoints() and all(file.exists() for file in files)
-    if step not in run.checkpoints():
-        learnt = {
-            learner.expert.name: Learnt(method.tensors(learner.transformer), learner.optimizer.state_dict()) for learner in training.trained
-        }
-        with run.writing_checkpoint(step) as folder:
-            save_state(folder, training.position, method.state_file, learnt, scaler.state_dict() if scaler else None)
-    if not known:
-        for file, learner in zip(files, training.trained, strict=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            method.write(file, learner.transformer, learner.expert, learner.expert.named(run.name), step)
-        names = [file.name for file in files]
-        run.event("checkpoint", step=step, **{method.event_field: names[0]}, **({"loras": names} if names[1:] else {}))
+    training.unsaved = ""
+    if not known and not _written(training, f"the checkpoint of step {step}", lambda: _write_state(training)) and not last:
+        return  # a LoRA without its checkpoint would be in the way of this step's LoRA after a resume
+    if not known and not _written(training, f"{files[0].name} in {files[0].parent}", lambda: _write_outputs(training, files)):
+        return
+    training.unsaved = ""  # of the last step, what was trained for is there; only `start.extends` cannot begin at it
     run.prune_checkpoints(training.job.checkpoints.keep_last)
+
+
+def check_saved(training: Training) -> None:
+    """Raises RunError when what the last step should have left is not there: such a run is not done."""
+    if training.unsaved:
+        raise RunError(
+            f"All {training.step} steps are done, but {training.unsaved}. Free disk space, or close or move what is in the way, then "
+            f"resume the run: it starts from step {training.run.latest_checkpoint() or 0}."
+        )
+
+
+def _written(training: Training, what: str, write: Callable[[], None]) -> bool:
+    """Whether `write` could write; if not, the run's events and `training.unsaved` say why."""
+    try:
+        write()
+    except (OSError, LoraError) as error:
+        why = error.__cause__ if isinstance(error, LoraError) else error
+        if not isinstance(why, OSError):
+            raise
+        training.unsaved = f"{what} could not be saved: {why}"
+        good = training.run.latest_checkpoint() or 0
+        training.run.event("warning", step=training.step, message=f"{training.unsaved}; a resume would start from step {good}")
+        return False
+    return True
+
+
+def _write_state(training: Training) -> None:
+    run, step, method, scaler = training.run, training.step, training.method, training.accelerator.scaler
+    if step in run.checkpoints():
+        return
+    learnt = {
+        learner.expert.name: Learnt(method.tensors(learner.transformer), learner.optimizer.state_dict()) for learner in training.trained
+    }
+    with run.writing_checkpoint(step) as folder:
+        save_state(folder, training.position, method.state_file, learnt, scaler.state_dict() if scaler else None)
+
+
+def _write_outputs(training: Training, files: Sequence[Path]) -> None:
+    run, step, method = training.run, training.step, training.method
+    for file, learner in zip(files, training.trained, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        method.write(file, learner.transformer, learner.expert, learner.expert.named(run.name), step)
+    names = [file.name for file in files]
+    run.event("checkpoint", step=step, **{method.event_field: names[0]}, **({"loras": names} if names[1:] else {}))
 
 
 def lora_path(run: Run, step: int, expert: Expert | None = None) -> Path:

@@ -82,7 +82,7 @@ export function noteOf(run) {
   if (run.live && run.request === "stop") return "Stops after the current step; the checkpoint is kept.";
   if (run.live && run.request === "pause") return "Pauses after the current step and frees the card.";
   if (run.state === "interrupted") return "The process stopped unexpectedly. It can be resumed, from its last checkpoint if there is one.";
-  return run.message;
+  return run.message || run.warning;
 }
 
 /** How it uses the card's memory, on one line; "" when it has not said, or needs none any more. */

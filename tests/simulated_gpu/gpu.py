@@ -211,6 +211,12 @@ def _core_answers() -> dict[str, Callable[..., Any]]:
     }
 
 
+def _allocator_settings() -> str:
+    """As torch 2.13 reads them: the first that is set."""
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    return next((os.environ[name] for name in names if name in os.environ), "")
+
+
 def _memory_answers(torch: Any) -> dict[str, Callable[..., Any]]:
     refuse_device_without_index = torch.cuda._utils._get_device_index
     return {
@@ -224,7 +230,8 @@ def _memory_answers(torch: Any) -> dict[str, Callable[..., Any]]:
             int(share * total_bytes), refuse_device_without_index(device)
         ),
         "empty_cache": lambda: None,
-        "get_allocator_backend": lambda: "native",
+        "get_allocator_backend": lambda: "cudaMallocAsync" if "cudaMallocAsync" in _allocator_settings() else "native",
+        "memory_snapshot": lambda *_: [{"is_expandable": "expandable_segments:True" in _allocator_settings()}],
     }
 
 

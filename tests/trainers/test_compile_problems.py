@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from trainers import environment
 from trainers.errors import JobError
 from trainers.job import parse_job
 from trainers.preflight import check_settings
@@ -38,14 +37,3 @@ def test_a_card_needs_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else found(name, *rest))
     with pytest.raises(JobError, match="triton-windows"):
         check_settings(job(device="cuda:0"))
-
-
-def test_the_allocator_is_told_once_and_the_users_word_counts(monkeypatch):
-    monkeypatch.setattr(environment.sys, "platform", "linux")
-    monkeypatch.setattr(environment.os, "environ", {})
-    environment.use_memory_without_gaps()
-    assert environment.os.environ == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    for own in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.setattr(environment.os, "environ", {own: "max_split_size_mb:64"})
-        environment.use_memory_without_gaps()
-        assert environment.os.environ == {own: "max_split_size_mb:64"}

@@ -188,6 +188,15 @@ def test_when_nothing_fits_the_problem_says_what_would() -> None:
     assert "memory.*" in str(too_large(chosen(memory={"stream": "never"}), MadeUp()))
 
 
+def test_when_the_machine_lacks_memory_its_own_is_named() -> None:
+    """It named the GPU's 23 GiB as the machine's, and a user bought the wrong thing."""
+    plan = chosen(replace(MACHINE, ram_bytes=gib(1)), memory={"stream": "always", "host": "pinned"})
+    assert not plan.fits
+    problem = str(too_large(plan, MadeUp()))
+    assert "1.0 GiB of the machine's memory are free" in problem
+    assert "23.0" not in problem
+
+
 def test_what_does_not_fit_is_not_said_to() -> None:
     plan = chosen(replace(MACHINE, device="cpu", free_bytes=gib(9)))
     assert not plan.fits

@@ -145,7 +145,7 @@ def test_a_checkpoint_that_cannot_be_removed_ends_nothing_and_goes_the_next_time
         with run.writing_checkpoint(step):
             pass
 
-    def held(source: Path, target: Path) -> None:
+    def held(source: Path, target: Path, **patience: float) -> None:
         if source.name == "step-000010":
             raise PermissionError("open in the Explorer")
         os.rename(source, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -25,7 +26,7 @@ dies_at = int(sys.argv[2])
 moves = itertools.count()
 real_rename = step_folders.rename
 
-def rename(source, target):
+def rename(source, target, **patience):
     if next(moves) == dies_at:
         os.kill(os.getpid(), signal.SIGKILL)
     real_rename(source, target)
@@ -90,7 +91,7 @@ def test_an_existing_folder_is_replaced(tmp_path):
 def test_an_old_folder_that_cannot_be_removed_does_not_spoil_the_new_one(tmp_path, monkeypatch):
     folders = StepFolders(tmp_path)
 
-    def held(source: Path, target: Path) -> None:
+    def held(source: Path, target: Path, **patience: float) -> None:
         if target.name.endswith(".trash"):
             raise PermissionError("open in the Explorer")
         source.rename(target)
@@ -103,6 +104,32 @@ def test_an_old_folder_that_cannot_be_removed_does_not_spoil_the_new_one(tmp_pat
     assert folders.path(5).joinpath("adapter").read_text().startswith("2")
     folders.tidy()
     assert _hidden(tmp_path) == []
+
+
+def test_a_new_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+    """It was moved away for the new one, and stayed away until the next worker: a resume began at the checkpoint before."""
+    folders = StepFolders(tmp_path)
+    with folders.writing(5) as folder:
+        _write(folder, 1)
+
+    def held(source: Path, target: Path, **patience: float) -> None:
+        if source.name.endswith(".tmp"):
+            raise PermissionError("read by a scanner")
+        source.rename(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_folders, "rename", held)
+        with pytest.raises(PermissionError), folders.writing(5) as folder:
+            _write(folder, 2)
+    assert folders.path(5).joinpath("adapter").read_text().startswith("1")
+    assert _hidden(tmp_path) == []
+
+
+def test_what_could_not_be_removed_goes_with_the_next_folder(tmp_path):
+    (tmp_path / ".step-000005.0123abcd.tmp").mkdir()
+    with StepFolders(tmp_path).writing(10) as folder:
+        _write(folder)
+    assert os.listdir(tmp_path) == ["step-000010"]
 
 
 def test_removed_folders_are_gone(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,8 +48,41 @@ def test_on_windows_a_file_may_be_held_for_a_moment(tmp_path: Path, monkeypatch:
             move(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("scans_seconds", [45, 75])
+def test_on_windows_a_large_file_may_be_held_for_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scans_seconds: int):
+    """Two seconds were not enough for a scanner that reads an optimizer of hundreds of MB: the run ended."""
+    (tmp_path / "a").write_text("content")
+    now, tries, real = [0.0], [], os.rename
+
+    def is_held(source: Path, target: Path) -> None:
+        tries.append(now[0])
+        if now[0] < scans_seconds:
+            raise PermissionError("held")
+        real(source, target)
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(os, "rename", is_held)
+    monkeypatch.setattr(whole_files, "time", clock)
+    monkeypatch.setattr(whole_files, "sys", SimpleNamespace(platform="win32"))
+    if scans_seconds < 60:
+        rename(tmp_path / "a", tmp_path / "b")
+        assert (tmp_path / "b").exists()
+    else:
+        with pytest.raises(PermissionError):
+            rename(tmp_path / "a", tmp_path / "b")
+        assert 55 <= tries[-1] <= 60, "a stated end"
+    assert len(tries) < 50, "pauses grow"
+
+
+def test_two_files_of_one_folder_can_be_written_at_once(tmp_path: Path):
+    with written_beside(tmp_path / "a") as first, written_beside(tmp_path / "b") as second:
+        first.write_text("a")
+        second.write_text("b")
+    assert [(path.name, path.read_text()) for path in sorted(tmp_path.iterdir())] == [("a", "a"), ("b", "b")]
+
+
 def test_what_a_killed_writer_left_goes(tmp_path: Path):
-    for name in (".a.safetensors.17.partial", "a.safetensors", "b.partial", ".hidden"):
+    for name in (".a.safetensors.17.partial", ".0123abcd.partial", "a.safetensors", "b.partial", ".hidden"):
         (tmp_path / name).touch()
     remove_partial_files(tmp_path)
     remove_partial_files(tmp_path / "none")

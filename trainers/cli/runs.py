@@ -162,6 +162,8 @@ def describe(run: Run) -> str:
         lines.append(f"message: {now.message}")
     if now.memory:
         lines.append(f"memory: {now.memory}")
+    if now.warning:
+        lines.append(f"warning: {now.warning}")
     if now.request:
         lines.append(f"asked to {now.request}")
     events = run.read_events()
