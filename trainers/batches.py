@@ -16,6 +16,7 @@ from .data.order import MicroBatch, Order
 from .family import Conditions, Family, TextBatch, Variant
 from .flow import draw_sample
 from .job import Job
+from .offload.pinned import PinnedMemory
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Batch:
     text: TextBatch
     conditions: Conditions
 
-    def pinned(self) -> Batch:
-        """The same in page-locked memory, from which a GPU copies by itself: only what lies there in one piece."""
-        return self._each(lambda tensor: tensor.contiguous().pin_memory())
+    def pinned(self, memory: PinnedMemory) -> Batch:
+        """The same in pinned memory, in one piece each: so a GPU copies by itself, as far as the system allows it."""
+        return self._each(lambda tensor: memory.pinned_tensor(tensor.contiguous()))
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device. From pinned memory nothing waits: the copies are queued before what uses them."""
@@ -63,6 +64,8 @@ class Samples:
     order: Order
     device: torch.device
     dtype: torch.dtype
+    memory: PinnedMemory | None = None
+    """What the training pins. None: batches are not pinned."""
 
     @classmethod
     def of(cls, job: Job, family: Family, variant: Variant, encoded: Encoded, device: torch.device, dtype: torch.dtype) -> Samples:
@@ -102,7 +105,7 @@ class Samples:
             self.family.collate_text(texts, torch.device("cpu"), self.dtype),
             self._conditions(step, micro, items, clean),
         )
-        return batch.pinned() if self.device.type == "cuda" else batch
+        return batch.pinned(self.memory) if self.memory and self.device.type == "cuda" else batch
 
     def _conditions(self, step: int, micro: MicroBatch, items: list[EncodedItem], clean_BCFHW: torch.Tensor) -> Conditions:
         probability = first_frame_probability(self.job, self.family.first_frame(self.variant))

@@ -16,6 +16,14 @@ import torch
 
 from .errors import JobError, Problem
 from .measurements import Measurements
+from .memory_limits import (
+    LINUX_KEPT_WITH_SWAP_BYTES,
+    context_headroom,
+    free_after_warm_up,
+    pinnable_bytes,
+    pinnable_here,
+    this_system,
+)
 from .rates import ASSUMED_DISK_RATE, ASSUMED_HOST_COPY_RATE, rates_of
 
 GIB = 2**30
@@ -28,10 +36,11 @@ _CONTEXT_BYTES = GIB // 2
 class Machine:
     """A device and its host. `flops_rate` is what a large matrix product reaches, `memory_rate` what the device's memory does.
 
-    `free_bytes` of the device and `ram_bytes` of the host are available to a training. `bf16` and `turing`: whether the GPU
-    computes in bf16, and is older than compute capability 8.0. `kernel_time_limit`: whether it ends a kernel that runs for seconds,
-    as a GPU that draws a display does. `measured`: which rates were measured on this machine ("flops",
-    "memory", "copy", "host_copy", "disk"); the others are assumptions.
+    `free_bytes` of the device and `ram_bytes` of the host are available to a training; `pinnable_bytes` of the host may be pinned
+    (None: no limit is known), and `headroom_bytes` of `free_bytes` are for CUDA itself, unless a job says what may be taken.
+    `bf16` and `turing`: whether the GPU computes in bf16, and is older than compute capability 8.0. `kernel_time_limit`: whether it
+    ends a kernel that runs for seconds, as a GPU that draws a display does. `measured`: which rates were measured on this machine
+    ("flops", "memory", "copy", "host_copy", "disk"); the others are assumptions.
     """
 
     name: str
@@ -48,11 +57,14 @@ class Machine:
     turing: bool = False
     kernel_time_limit: bool = False
     measured: frozenset[str] = frozenset()
+    pinnable_bytes: int | None = None
+    headroom_bytes: int = 0
 
     def with_limits(self, vram_gib: float | None, ram_gib: float | None) -> Machine:
         """The same machine, of which a training may take no more than these, and no more than is free."""
-        free, ram = _at_most(self.free_bytes, vram_gib), _at_most(self.ram_bytes, ram_gib)
-        return replace(self, free_bytes=free, ram_bytes=ram)
+        headroom = self.headroom_bytes if vram_gib is None else 0
+        free, ram = _at_most(self.free_bytes - headroom, vram_gib), _at_most(self.ram_bytes, ram_gib)
+        return replace(self, free_bytes=free, ram_bytes=ram, headroom_bytes=0)
 
 
 def _at_most(free_bytes: int, limit_gib: float | None) -> int:
@@ -75,7 +87,9 @@ class Card:
         total = int((self.gib if vram_gib is None else vram_gib) * GIB)
         rates = self.tera_flops * 1e12, self.memory_gb_per_second * 1e9, self.copy_gb_per_second * 1e9
         free = max(total - _CONTEXT_BYTES, 0)
-        return Machine(self.name, "cuda", total, free, int(ram_gib * GIB), *rates, bf16=self.bf16, turing=not self.bf16)
+        ram = int(ram_gib * GIB)
+        pinnable = pinnable_bytes(this_system(), ram, LINUX_KEPT_WITH_SWAP_BYTES, ram)
+        return Machine(self.name, "cuda", total, free, ram, *rates, bf16=self.bf16, turing=not self.bf16, pinnable_bytes=pinnable)
 
 
 CARDS = (
@@ -114,15 +128,14 @@ def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = N
     `base`: the model's file.
     """
     ram = available_ram()
+    rates = rates_of(device, dtype, base, Measurements(runs_folder))
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = free_after_warm_up(device, dtype)
         capability = torch.cuda.get_device_capability(device)
         name, bf16 = torch.cuda.get_device_name(device), capability >= (8, 0)
     else:
         free = total = ram
         name, bf16 = "the CPU" if device.type == "cpu" else "Metal", True
-    limited = device.type == "cuda" and has_kernel_time_limit(device)
-    rates = rates_of(device, dtype, base, Measurements(runs_folder))
     return Machine(
         name,
         device.type,
@@ -136,8 +149,10 @@ def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = N
         rates.disk,
         bf16=bf16,
         turing=not bf16,
-        kernel_time_limit=limited,
+        kernel_time_limit=device.type == "cuda" and has_kernel_time_limit(device),
         measured=rates.measured,
+        pinnable_bytes=pinnable_here(device, ram),
+        headroom_bytes=context_headroom(free) if device.type == "cuda" else 0,
     )
 
 

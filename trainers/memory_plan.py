@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from .errors import Problem
@@ -74,6 +75,8 @@ class Price:
     step_seconds: float
     unhindered_seconds: float
     """Of a step, if nothing had to be waited for."""
+    pinned_blocks: int = 0
+    """Streamed blocks that wait in pinned memory; the others wait in the mapped file."""
 
     @property
     def device_bytes(self) -> int:
@@ -153,9 +156,38 @@ def _placed(job: Job, traced: Traced, machine: Machine, base: Arrangement) -> It
     nothing = _priced(job, traced.model, machine, replace(base, weights_bytes=0), step)
     left = machine.free_bytes - nothing.device_bytes - nothing.reserve_bytes + nothing.placement.device_bytes
     budget = max(min(left, SLOTS * max(blocks)) if spec.stream == "always" else left, 0)
-    hosts: tuple[Literal["pinned", "mapped"], ...] = ("pinned", "mapped") if spec.host == "auto" else (spec.host,)
-    for host in hosts:
-        yield _priced(job, traced.model, machine, replace(base, weights_bytes=budget, host=host), step)
+    streamed = replace(base, weights_bytes=budget)
+    if spec.host != "auto":
+        yield _priced(job, traced.model, machine, replace(streamed, host=spec.host), step)
+        return
+    inputs = step.inputs_bytes if base.activations == "host" else 0
+    pinned = _within_limit(replace(streamed, host="pinned"), traced.model, machine, inputs)
+    for arrangement in (pinned, streamed) if pinned else (streamed,):
+        yield _priced(job, traced.model, machine, arrangement, step)
+
+
+def _within_limit(arrangement: Arrangement, model: ModelBytes, machine: Machine, inputs_bytes: int) -> Arrangement | None:
+    """The arrangement with as many blocks pinned as the machine allows beside inputs of blocks; None: not one."""
+    if machine.pinnable_bytes is None:
+        return arrangement
+    placement, left = place(model.blocks, arrangement.weights_bytes), machine.pinnable_bytes - inputs_bytes
+    if sum(model.blocks[index] for index in placement.streamed) <= left:
+        return arrangement
+    mixed = replace(arrangement, most_pinned_bytes=max(left - _staging_bytes(placement), 0))
+    return mixed if _pinned(model, mixed, placement) else None
+
+
+def _pinned(model: ModelBytes, arrangement: Arrangement, placement: Placement) -> list[int]:
+    """The streamed blocks that are pinned: the first ones, as many as go."""
+    if arrangement.host != "pinned":
+        return []
+    sizes = accumulate(model.blocks[index] for index in placement.streamed)
+    most = arrangement.most_pinned_bytes
+    return [index for index, total in zip(placement.streamed, sizes, strict=True) if most is None or total <= most]
+
+
+def _staging_bytes(placement: Placement) -> int:
+    return min(STAGING_BUFFERS * placement.slot_bytes, STAGING_LIMIT_BYTES) if placement.streamed else 0
 
 
 def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangement, step: StepTrace) -> Price:
@@ -163,17 +195,20 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
     streamed = sum(model.blocks[index] for index in placement.streamed)
     on_host = arrangement.activations == "host"
     host = HOST_PROCESS_BYTES + model.parameter_bytes * model.trained + (step.inputs_bytes if on_host else 0)
+    pinned = _pinned(model, arrangement, placement)
+    pinned_bytes = sum(model.blocks[index] for index in pinned)
+    host += pinned_bytes + (_staging_bytes(placement) if len(pinned) < len(placement.streamed) else 0)
+    from_file = _mapped_rate(machine, model, host)
+    way = 0.0
     if placement.streamed:
-        host += streamed if arrangement.host == "pinned" else min(STAGING_BUFFERS * placement.slot_bytes, STAGING_LIMIT_BYTES)
-    rate = _weights_rate(machine, arrangement, model, host)
-    way = placement.copied_per_way * placement.slot_bytes / rate if placement.streamed else 0.0
+        share = pinned_bytes / streamed
+        way = placement.copied_per_way * placement.slot_bytes * (share / machine.copy_rate + (1 - share) / from_file)
     inputs = step.inputs_bytes / machine.copy_rate if on_host else 0.0
     forward, backward = (_seconds(work, machine) for work in (step.forward, step.backward))
     side_by_side = max(forward, way, inputs) + max(backward, way + inputs)
     one_pass = forward + backward + 2 * way + inputs if placement.slots == 1 else side_by_side
     updated = model.parameters * (16 + 2 * OPTIMIZER_BYTES[job.optimizer.kind]) / machine.memory_rate
-    from_file = _weights_rate(machine, replace(arrangement, host="mapped"), model, host)
-    read_anew = placement.device_bytes + model.beside + (streamed if arrangement.host == "pinned" else 0)
+    read_anew = placement.device_bytes + model.beside + pinned_bytes
     change = read_anew / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
     return Price(
         arrangement,
@@ -186,13 +221,12 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
         copy_seconds=2 * way + 2 * inputs,
         step_seconds=job.accumulation * one_pass + updated + change,
         unhindered_seconds=job.accumulation * (forward + backward) + updated + change,
+        pinned_blocks=len(pinned),
     )
 
 
-def _weights_rate(machine: Machine, arrangement: Arrangement, model: ModelBytes, host_bytes: int) -> float:
-    """Bytes per second at which weights come to the device: from pinned memory, from a file in memory, or from the disk."""
-    if arrangement.weights_bytes is not None and arrangement.host == "pinned":
-        return machine.copy_rate
+def _mapped_rate(machine: Machine, model: ModelBytes, host_bytes: int) -> float:
+    """Bytes per second at which weights come to the device from a file: one that is in memory, or else from the disk."""
     cached = host_bytes + sum(model.blocks) <= machine.ram_bytes
     return min(machine.copy_rate, machine.host_copy_rate if cached else machine.disk_rate)
 

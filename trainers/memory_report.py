@@ -51,7 +51,9 @@ def reasons(plan: MemoryPlan) -> list[str]:
     placement, blocks = price.placement, len(plan.model.blocks)
     if placement.streamed:
         waiting = size_text(sum(plan.model.blocks[index] for index in placement.streamed))
-        waits = "in pinned memory" if chosen.host == "pinned" else "in the mapped file"
+        waits = "in pinned memory" if price.pinned_blocks else "in the mapped file"
+        if 0 < price.pinned_blocks < len(placement.streamed):
+            waits = f"in pinned memory ({price.pinned_blocks} blocks: no more may be pinned) and in the mapped file"
         text = f"{len(placement.streamed)} of {blocks} blocks ({waiting}) wait {waits} and come when they are used"
         found = [f"{text}, {_told(plan, 'stream', 'always') or 'because the rest of the card is needed for the step'}; {_hidden(plan)}."]
     else:
@@ -134,6 +136,7 @@ def as_values(plan: MemoryPlan, run_seconds: float) -> dict[str, Any]:
         "slots": price.placement.slots,
         "slot_bytes": price.placement.slot_bytes,
         "host": chosen.host,
+        "pinned_blocks": price.pinned_blocks,
         "activations": chosen.activations,
         "checkpointing": chosen.checkpointing,
         "chunks": chosen.chunks,

@@ -10,12 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from .measurements import Measurements, device_key, drive_key, host_key
+from .offload.pinned import PinningError, give_back_pinned_cache, pinned_copy
 
 ASSUMED_DISK_RATE = 2e9
 """Of a file that is not in memory: an NVMe drive."""
@@ -114,13 +116,19 @@ def memory_rate(device: torch.device) -> float:
 
 def copy_rate(device: torch.device) -> float:
     """From pinned host memory to a GPU; elsewhere from memory to memory."""
-    source = torch.empty(128 * MIB if device.type == "cuda" else 16 * MIB, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = torch.empty_like(source, device=device)
-    rate = source.nbytes / seconds_of(lambda: target.copy_(source, non_blocking=True), device)
+    source = torch.empty(128 * MIB if device.type == "cuda" else 16 * MIB, dtype=torch.uint8)
     if device.type == "cuda":
-        del source
-        torch._C._host_emptyCache()  # or torch keeps the pinned memory to the end of the process
+        with suppress(PinningError):  # then what is not pinned is what there will be to copy from
+            source = pinned_copy(source, device)
+    rate = _rate_of_copying(source, device)
+    del source
+    give_back_pinned_cache(device)
     return rate
+
+
+def _rate_of_copying(source: torch.Tensor, device: torch.device) -> float:
+    target = torch.empty_like(source, device=device)
+    return source.nbytes / seconds_of(lambda: target.copy_(source, non_blocking=True), device)
 
 
 def read_rate(path: Path) -> float | None:

@@ -6,7 +6,8 @@ Nothing is copied back, since nothing of it changes. Trained parameters are not 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -19,7 +20,9 @@ from .offload.blocks import Blocks
 from .offload.chunks import in_chunks, rest_at_ends
 from .offload.compiled import compiled
 from .offload.copies import Copies, copies_of
+from .offload.host import HostWeights
 from .offload.layout import BlockLayout, bind, frozen_linears
+from .offload.pinned import PinnedMemory, give_back_pinned_cache
 from .offload.placement import Placement, place
 from .offload.stream import Stream
 from .offload.upload import in_runs, upload
@@ -30,9 +33,30 @@ def blocks_of(transformer: nn.Module, family: Family) -> list[nn.Module]:
     return [block for name in family.blocks for block in transformer.get_submodule(name).children()]
 
 
-def arena_for(device: torch.device) -> Arena:
-    """Host memory for inputs of blocks on a device; it takes none before there is something to keep."""
-    return Arena(copies_of(device), device)
+@dataclass(frozen=True)
+class HostSide:
+    """What the transformers of a training share, since one of them at a time is on the device: host memory, and the queue of copies
+    that their weights come by.
+
+    It takes no memory before there is something to keep.
+    """
+
+    memory: PinnedMemory
+    arena: Arena
+    weights: HostWeights
+    copies: Copies
+
+    @classmethod
+    def of(cls, memory: PinnedMemory) -> HostSide:
+        arena = Arena(copies_of(memory.device), memory.device, memory)
+        return cls(memory, arena, HostWeights(memory), copies_of(memory.device))
+
+    def close(self) -> None:
+        """Gives all of it back; no transformer may be on the device."""
+        with ExitStack() as closing:
+            closing.callback(give_back_pinned_cache, self.memory.device)
+            closing.callback(self.weights.close_idle)
+            closing.callback(self.arena.close)
 
 
 class Residency:
@@ -50,20 +74,17 @@ class Residency:
         arrangement: Arrangement,
         *,
         random: bool = False,
-        arena: Arena | None = None,
-        copies: Copies | None = None,
+        host: HostSide | None = None,
     ) -> None:
         """`transformer` lies on the CPU; what it holds now is frozen. `random`: it draws dropout in training.
 
-        `arena`, where inputs of blocks wait in host memory, and `copies`, the queue that weights come by, are shared with
-        transformers that are not on the device at the same time; None: those of its own.
+        `host`: host memory that is shared with transformers that are not on the device at the same time; None: its own.
         """
         self._device = device
         self._modules = blocks_of(transformer, family)
         self._chunked = family.chunked
         self._random = random
-        self._arena = arena_for(device) if arena is None else arena
-        self._copies = copies_of(device) if copies is None else copies
+        self._host = HostSide.of(PinnedMemory(device)) if host is None else host
         self._layouts = [BlockLayout.of(block) for block in self._modules]
         self._others = list(_others(transformer, self._modules))
         in_chunks(self._modules, self._chunked, arrangement.chunks, random)
@@ -96,26 +117,27 @@ class Residency:
     def enter(self) -> None:
         """Copies to the device what stays there, and makes the ring for the rest."""
         self._entered = True
-        placement = self.placement
+        placement, kept, weights, copies = self.placement, self.arrangement, self._host.weights, self._host.copies
         resident = [self._layouts[index] for index in sorted(placement.resident)]
-        found = upload([*resident, *in_runs(tensor for *_, tensor in self._others)], self._copies, self._device)
+        found = upload([*resident, *in_runs(tensor for *_, tensor in self._others)], copies, weights)
         for layout, tensors in zip(resident, found, strict=False):
             bind(layout.by_linear(tensors))
         _hold(self._others, chain.from_iterable(found[len(resident) :]))
-        if placement.streamed:
-            self._blocks.stream = Stream(self._layouts, placement, self.arrangement.host, self._copies, self._device)
+        if not placement.streamed:
+            weights.close_idle()  # nothing comes by them until the next transformer does
+        else:
+            self._blocks.stream = Stream(self._layouts, placement, kept.host, copies, self._device, weights, kept.most_pinned_bytes)
 
     def leave(self) -> None:
         """Gives the device's memory back."""
         self._entered = False
-        if self._blocks.stream is not None:
-            self._blocks.stream.close()
-            self._blocks.stream = None
-        if self._blocks.arena is not None:
-            self._blocks.arena.reset()
-        _hold(self._others, [tensor for *_, tensor in self._others])
-        for layout in self._layouts:
-            bind(layout.on_host())
+        stream, self._blocks.stream = self._blocks.stream, None
+        with ExitStack() as leaving:
+            leaving.callback(self._back_on_host)
+            if self._blocks.arena is not None:
+                leaving.callback(self._blocks.arena.reset)
+            if stream is not None:
+                leaving.callback(stream.close)
 
     def rearrange(self, arrangement: Arrangement) -> None:
         """Keeps the transformer otherwise from now on; between two steps only."""
@@ -126,14 +148,19 @@ class Residency:
         if entered:
             self.enter()
 
+    def _back_on_host(self) -> None:
+        _hold(self._others, [tensor for *_, tensor in self._others])
+        for layout in self._layouts:
+            bind(layout.on_host())
+
     def _apply(self) -> None:
         """What of the arrangement does not depend on being on the device."""
         wanted = self.arrangement
         self._blocks.checkpointing = wanted.checkpointing
         in_chunks(self._modules, self._chunked, wanted.chunks, self._random)
         if wanted.activations == "device" and self._blocks.arena is not None:
-            self._arena.close()
-        self._blocks.arena = self._arena if wanted.activations == "host" else None
+            self._host.arena.close()
+        self._blocks.arena = self._host.arena if wanted.activations == "host" else None
 
 
 def tighter(arrangement: Arrangement, block_bytes: list[int], can_stream: bool = True) -> Arrangement | None:

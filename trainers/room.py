@@ -99,6 +99,8 @@ def told(training: Training) -> str:
     arrangement, placement = residency.arrangement, residency.placement
     blocks = len(residency.block_bytes)
     words = [f"{len(placement.resident)} of {blocks} blocks stay on the device" if placement.streamed else "all blocks stay on the device"]
+    if residency.stream and arrangement.host == "pinned":
+        words.append(f"{residency.stream.pinned_blocks} of {len(placement.streamed)} streamed blocks are pinned")
     if arrangement.activations == "host":
         words.append("their inputs wait in host memory")
     if arrangement.chunks > 1:
@@ -159,6 +161,7 @@ def probe(training: Training, budget_bytes: int | None = None, meter: Meter | No
     if budget_bytes is not None and (corrected := _corrected(training, budget_bytes, peak)):
         waiting = [corrected]  # tried once: if the device is full then, what makes room takes its place
         with_room(training, lambda: training.rearrange(waiting.pop()) if waiting else None)
+        training.host.weights.close_idle()
     limit = f" of {budget_bytes / _GIB:.1f}" if budget_bytes is not None else ""
     training.run.event("memory", step=training.step, message=f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}")
 

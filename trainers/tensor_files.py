@@ -11,10 +11,8 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-import mmap
 import re
 import struct
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from .errors import CheckpointError, Problem
+from .offload.mapped_file import MappedFile
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -115,9 +114,7 @@ class SafetensorsFile:
         stored, offset = self.tensors[key], self._offsets[key]
         if not stored.numel:
             return torch.empty(stored.shape, dtype=stored.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            raw = torch.frombuffer(self._mapped, dtype=torch.uint8, count=stored.nbytes, offset=offset)
+        raw = self._mapped.tensor(offset, stored.nbytes)
         aligned = raw if offset % stored.dtype.itemsize == 0 else raw.clone()
         return aligned.view(stored.dtype).view(stored.shape)
 
@@ -130,9 +127,8 @@ class SafetensorsFile:
         return found
 
     @cached_property
-    def _mapped(self) -> mmap.mmap:
-        with self._path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _mapped(self) -> MappedFile:
+        return MappedFile(self._path)
 
     def _no_table(self) -> CheckpointError:
         return _error(f"{self._path.name} has a header that is no table of tensors", "a safetensors file needs one", _OTHER_FILE)

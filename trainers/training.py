@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,13 @@ from .job_memory import check_chunks, plan_memory
 from .load import load_transformer
 from .memory_plan import MemoryPlan
 from .method import Method, method_of
-from .offload.activations import Arena
 from .offload.arrangement import Arrangement
-from .offload.copies import Copies, copies_of
+from .offload.pinned import PinnedMemory
 from .offload.placement import SLOTS
 from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
-from .residency import Residency, arena_for
+from .residency import HostSide, Residency
 from .run import Run
 from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
 
@@ -72,7 +72,7 @@ class Training:
     device: torch.device
     """With an index where it is CUDA; `accelerator.device` has none."""
     dtype: torch.dtype
-    arena: Arena
+    host: HostSide
     plan: MemoryPlan | None = None
     """What was planned of the card's memory; None: there is no card."""
     step: int = 0
@@ -112,15 +112,16 @@ class Training:
 
     def make_way(self) -> None:
         """Gives the device's memory back that frozen weights take; they come again when a transformer is asked for."""
-        if self.resident:
-            self.resident.residency.leave()
-            self.resident = None
+        resident, self.resident = self.resident, None
+        if resident:
+            resident.residency.leave()
 
     def close(self) -> None:
         """Ends the batch thread and gives back the device's memory and all pinned memory."""
-        self.batches.close()
-        self.make_way()
-        self.arena.close()
+        with ExitStack() as closing:
+            closing.callback(self.host.close)
+            closing.callback(self.make_way)
+            closing.callback(self.batches.close)
 
     def _make_resident(self, learner: Learner) -> None:
         if self.resident is learner:
@@ -154,10 +155,9 @@ def open_training(run: Run) -> Training:
     plan = _planned(job, detection, samples)
     limit_attention(plan.machine if plan else None)
     arrangement = plan.arrangement if plan else arrangement_of(job)
-    arena, copies = arena_for(device), copies_of(device)
-    learners = tuple(
-        _learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, arena, copies) for expert in experts
-    )
+    host = HostSide.of(_pinned_memory(run, job, device, plan))
+    samples = replace(samples, memory=host.memory)
+    learners = tuple(_learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, host) for expert in experts)
     training = Training(
         run=run,
         job=job,
@@ -172,11 +172,14 @@ def open_training(run: Run) -> Training:
         total_steps=samples.total_steps,
         device=device,
         dtype=DTYPES[precision],
-        arena=arena,
+        host=host,
         plan=plan,
     )
-    _restore(training)
-    _start_trackers(training)
+    with ExitStack() as undo:
+        undo.callback(training.close)
+        _restore(training)
+        _start_trackers(training)
+        undo.pop_all()
     return training
 
 
@@ -188,6 +191,12 @@ def _planned(job: Job, detection: Detection, samples: Samples) -> MemoryPlan | N
     share = min(plan.machine.free_bytes / plan.machine.total_bytes, 1.0)
     torch.cuda.set_per_process_memory_fraction(share, samples.device)
     return plan
+
+
+def _pinned_memory(run: Run, job: Job, device: torch.device, plan: MemoryPlan | None) -> PinnedMemory:
+    """What the training may pin: as much as the plan allows, unless the job asks for "pinned" by itself. Refusals are events."""
+    limit_bytes = plan.machine.pinnable_bytes if plan and job.memory.host != "pinned" else None
+    return PinnedMemory(device, limit_bytes, lambda message: run.event("memory", message=message))
 
 
 def arrangement_of(job: Job) -> Arrangement:
@@ -217,8 +226,7 @@ def _learner(
     device: torch.device,
     dtype: torch.dtype,
     arrangement: Arrangement,
-    arena: Arena,
-    copies: Copies,
+    host: HostSide,
 ) -> Learner:
     """An expert with what is trained of it and its optimizer. It waits in host memory for its turn."""
     checkpoint = Checkpoint.open(expert.path)
@@ -231,7 +239,7 @@ def _learner(
     check_chunks(job, transformer, detection.family)
     use_attention(transformer, job.speed.attention)
     parameters = method.inject(transformer, device) if expert.trained else []
-    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0, arena=arena, copies=copies)
+    residency = Residency(transformer, detection.family, device, arrangement, random=job.lora.dropout > 0, host=host)
     if arrangement.weights_bytes == 0:  # all blocks are streamed, as the job says: through a whole ring
         residency.rearrange(replace(arrangement, weights_bytes=SLOTS * max(residency.block_bytes, default=0)))
     rate = job.optimizer.learning_rate

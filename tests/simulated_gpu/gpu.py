@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -65,8 +65,17 @@ def reset() -> None:
     module.clear_report()
     module.fail_allocations(-1, 0)
     module.limit_pinned(sys.maxsize)
+    module.grow_context({})
+    set_total(int(float(os.environ.get("SIMULATED_GIB", "8")) * 2**30))
+
+
+def set_total(nbytes: int) -> None:
+    """Gives every GPU another size, until `reset`."""
+    global total_bytes
+    total_bytes = nbytes
     for index in range(module.devices()):
-        module.cap(total_bytes, index)
+        module.set_total(nbytes, index)
+        module.cap(nbytes, index)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,41 @@ def peak_bytes(device: int = 0) -> int:
 def registered_bytes() -> int:
     """Host memory pinned by cudaHostRegister and not yet unregistered."""
     return int(module.pinned()[0])
+
+
+def pinned_by_torch_bytes() -> int:
+    """Host memory in torch's own cache of pinned memory, used or kept for the next tensor."""
+    return int(module.pinned()[1])
+
+
+def registrations() -> int:
+    """How often cudaHostRegister pinned memory since `reset`."""
+    return int(module.pinned()[2])
+
+
+def most_registered_bytes() -> int:
+    """The most that was pinned by cudaHostRegister at once since `reset`."""
+    return int(module.pinned()[3])
+
+
+def limit_pinned(nbytes: int) -> None:
+    """Refuses to pin more host memory than this. A refused cudaHostRegister returns its error again at the next launch and wait."""
+    module.limit_pinned(nbytes)
+
+
+def grow_context(bytes_of: Mapping[str, int]) -> None:
+    """Takes bytes of the GPU for good, beside the allocator, at the first use of each operator ("attention", "aten::convolution")."""
+    module.grow_context(dict(bytes_of))
+
+
+def context_bytes(device: int = 0) -> int:
+    """What `grow_context` took until now."""
+    return int(module.context(device))
+
+
+def cap_bytes(device: int = 0) -> int:
+    """The limit that was set by torch.cuda.set_per_process_memory_fraction."""
+    return int(module.memory(device)[2])
 
 
 def fail_allocations(after: int, count: int = 1) -> None:
@@ -207,7 +251,7 @@ def _core_answers() -> dict[str, Callable[..., Any]]:
         "_cuda_exchangeDevice": _exchange_device,
         "_cuda_maybeExchangeDevice": _exchange_device,
         "_cuda_isCurrentStreamCapturing": lambda: False,
-        "_host_emptyCache": lambda: None,
+        "_host_emptyCache": module.empty_host_cache,
     }
 
 
@@ -225,7 +269,10 @@ def _memory_answers(torch: Any) -> dict[str, Callable[..., Any]]:
         "max_memory_allocated": lambda device=None: peak_bytes(_index(device)),
         "max_memory_reserved": lambda device=None: peak_bytes(_index(device)),
         "reset_peak_memory_stats": lambda device=None: module.reset_peak(_index(device)),
-        "mem_get_info": lambda device=None: (total_bytes - live_bytes(_index(device)), total_bytes),
+        "mem_get_info": lambda device=None: (
+            total_bytes - live_bytes(_index(device)) - context_bytes(_index(device)),
+            total_bytes,
+        ),
         "set_per_process_memory_fraction": lambda share, device=None: module.cap(
             int(share * total_bytes), refuse_device_without_index(device)
         ),

@@ -45,9 +45,9 @@ def no_race(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(rates, name, lambda *_, rate=rate: rate)
     write = Flat.write
 
-    def seen_write(layout: Flat, run: object) -> None:  # the host writes by itself: only here can it be seen
+    def seen_write(layout: Flat, run: object, *how: bool) -> None:  # the host writes by itself: only here can it be seen
         gpu.module.host_access(run, True, "Flat.write")
-        write(layout, run)  # type: ignore[arg-type]
+        write(layout, run, *how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Flat, "write", seen_write)
     gpu.reset()

@@ -91,7 +91,7 @@ def test_the_last_blocks_input_stays_on_the_gpu(tmp_path: Path) -> None:
     """It went to the host and straight back: two copies in each pass that nothing hid."""
     training = opened(job_on("cuda:0", tmp_path, WAN, ONE, memory=HOST_ARENA, batch_size=1))
     try:
-        item, arena = training.samples.items[0], training.arena
+        item, arena = training.samples.items[0], training.host.arena
         one = training.family.latent(training.variant).tokens(item.num_frames, item.height, item.width) * 128 * 4
         for step in (1, 2):
             training.step = step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from trainers.machine import (
     size_text,
     this_machine,
 )
+from trainers.memory_limits import System, context_headroom, pinnable_bytes
 
 
 def test_a_container_s_limit_counts() -> None:
@@ -78,6 +81,35 @@ def test_limits_are_never_above_what_is_free() -> None:
     assert machine.with_limits(100, float("inf")) == machine
     less = machine.with_limits(8, 16)
     assert (less.free_bytes, less.ram_bytes) == (8 * GIB, 16 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("system", "ram", "swap", "available", "expected"),
+    [
+        ("windows", 64, 0, 60, 25.6),
+        ("windows", 64, 100, 10, 6),
+        ("linux", 64, 0, 60, 48),
+        ("linux", 64, 16, 62, 57.6),
+        ("linux", 64, 16, 30, 26),
+        ("linux", 16, 0, 15, 6.4),
+        ("linux", 8, 8, 3, 0),
+        ("wsl", 32, 8, 30, 24),
+    ],
+)
+def test_what_may_be_pinned_is_a_part_of_ram(system: System, ram: float, swap: float, available: float, expected: float) -> None:
+    """ComfyUI's shares of RAM; at all times 4 GiB of what is available stay for others."""
+    found = pinnable_bytes(system, int(ram * GIB), int(swap * GIB), int(available * GIB))
+    assert found == pytest.approx(expected * GIB, rel=1e-6)
+
+
+def test_headroom_is_left_unless_the_job_says_what_may_be_taken() -> None:
+    machine = replace(card_of("RTX 4090", None).machine(32), free_bytes=20 * GIB, headroom_bytes=GIB)
+    assert machine.with_limits(None, None).free_bytes == 19 * GIB
+    assert machine.with_limits(19.5, None).free_bytes == 19.5 * GIB
+    assert machine.with_limits(30, None).free_bytes == 20 * GIB
+    assert machine.with_limits(None, None).with_limits(None, None).free_bytes == 19 * GIB, "once"
+    assert context_headroom(8 * GIB) == 256 * 2**20
+    assert context_headroom(20 * GIB) == int(0.03 * 20 * GIB)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,37 @@ def test_without_ram_weights_stay_in_the_file() -> None:
     assert plan.price.host_bytes <= gib(8)
 
 
+@pytest.mark.parametrize("pinnable_gib", [0, 3, 6, 100])
+def test_no_more_is_pinned_than_the_machine_allows(pinnable_gib: float) -> None:
+    """All free RAM was taken for pinned memory, of which Windows gives less than half: the plan promised a speed that no run had."""
+    machine = replace(MACHINE, pinnable_bytes=gib(pinnable_gib))
+    plan, mapped = (chosen(machine, MadeUp(flops=1e13), memory={"activations": "device", "host": host}) for host in ("auto", "mapped"))
+    streamed, pinned = len(plan.price.placement.streamed), plan.price.pinned_blocks
+    assert streamed > 20
+    staging = 2 * (GIB // 2)
+    if pinnable_gib == 100:
+        assert (pinned, plan.arrangement.most_pinned_bytes) == (streamed, None)
+    elif pinnable_gib == 0:
+        assert (pinned, plan.arrangement.host) == (0, "mapped")
+    else:
+        assert pinned == 2 * pinnable_gib - 2, "two staging buffers are pinned as well"
+        assert plan.arrangement.most_pinned_bytes == gib(pinnable_gib) - staging
+        assert f"in pinned memory ({pinned} blocks: no more may be pinned) and in the mapped file" in reasons(plan)[0]
+        assert plan.price.host_bytes == mapped.price.host_bytes + pinned * GIB // 2
+    assert plan.price.copy_seconds <= mapped.price.copy_seconds
+    assert as_values(plan, 1.0)["pinned_blocks"] == pinned
+
+
+def test_who_asks_for_pinned_memory_gets_as_much_as_the_system_gives() -> None:
+    plan = chosen(replace(MACHINE, pinnable_bytes=gib(3)), memory={"host": "pinned"})
+    assert plan.price.pinned_blocks == len(plan.price.placement.streamed)
+
+
+def test_inputs_of_blocks_are_pinned_before_weights() -> None:
+    plan = chosen(replace(MACHINE, pinnable_bytes=gib(12)), MadeUp(flops=1e13), memory={"activations": "host", "stream": "always"})
+    assert plan.arrangement.most_pinned_bytes == gib(12 - 8) - 2 * (GIB // 2)
+
+
 def test_feed_forwards_are_cut_last() -> None:
     plan = chosen(replace(MACHINE, free_bytes=gib(6)))
     assert plan.fits

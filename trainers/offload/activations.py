@@ -10,12 +10,13 @@ which is why it should come first).
 from __future__ import annotations
 
 from collections import deque
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from .copies import Copies
-from .pinned import Buffer, PinningError, tell
+from .pinned import Buffer, PinnedMemory, PinningError
 
 _LEAVING = 2
 """Tensors on their way to the host at once: a third one makes computing wait, rather than the device's memory fill up."""
@@ -24,8 +25,9 @@ _LEAVING = 2
 class Arena:
     """A stack of tensors in host memory. `bytes_to_host` and `bytes_to_device` count what was copied."""
 
-    def __init__(self, copies: Copies, device: torch.device) -> None:
-        self._copies, self._device = copies, device
+    def __init__(self, copies: Copies, device: torch.device, memory: PinnedMemory | None = None) -> None:
+        """`memory` is what the training pins; None: the arena is alone."""
+        self._copies, self._device, self._memory = copies, device, memory or PinnedMemory(device)
         self._buffers: list[Buffer] = []
         self._plain = False
         self._last: list[Any] = []
@@ -81,11 +83,12 @@ class Arena:
 
     def close(self) -> None:
         """Gives the host's memory back, until there is something to keep again."""
-        self.reset()
-        for level in range(len(self._buffers)):
-            self._close(level)
-        self._buffers.clear()
-        self._last.clear()
+        with ExitStack() as closing:
+            closing.callback(self._last.clear)
+            closing.callback(self._buffers.clear)
+            for level in range(len(self._buffers)):
+                closing.callback(self._close, level)
+            self.reset()
 
     def _let_all_go(self) -> None:
         while self._leaving:
@@ -114,18 +117,20 @@ class Arena:
         return self._buffers[level].bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _buffer(self, nbytes: int) -> Buffer:
-        """Pinned, as long as the system lets so much be pinned; what follows is plain memory then, which is told once."""
+        """Pinned, until the system refuses; what follows is plain memory then."""
         if not self._plain:
             try:
-                return Buffer(nbytes, self._device)
+                return self._memory.buffer(nbytes)
             except PinningError as error:
                 self._plain = True
-                tell(f"{error} Inputs of blocks wait in memory that is not pinned, which is slower.")
-        return Buffer(nbytes, self._device, plain=True)
+                self._memory.report(f"{error} Inputs of blocks wait in memory that is not pinned, which is slower.")
+        return self._memory.plain_buffer(nbytes)
 
     def _close(self, level: int) -> None:
         """Gives a level's memory back when the last copy from or to it is done: computing may be far behind."""
-        if self._last[level] is not None:
-            self._copies.finish(self._last[level])
-            self._last[level] = None
-        self._buffers[level].close()
+        try:
+            if self._last[level] is not None:
+                self._copies.finish(self._last[level])
+                self._last[level] = None
+        finally:
+            self._buffers[level].close()

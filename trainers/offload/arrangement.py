@@ -12,7 +12,8 @@ class Arrangement:
 
     `weights_bytes` is what the streamable weights of all blocks may take of the device, the ring of slots included; None:
     they all stay there. `host` is where streamed weights wait: in the mapped file ("mapped", they go through pinned staging
-    buffers of bounded size) or in a pinned copy ("pinned"). `checkpointing`: each block is computed again in the backward
+    buffers of bounded size) or in a pinned copy ("pinned"), as many blocks as `most_pinned_bytes` (None: any number) and the
+    system allow, the others in the file. `checkpointing`: each block is computed again in the backward
     pass, from its input, which waits on the device or in pinned host memory (`activations`). Streaming and "host" need it.
     `chunks`: parts of the sequence in which all of a block but attention is computed (and computed again), 1: whole.
     `compile`: the blocks are compiled.
@@ -20,6 +21,7 @@ class Arrangement:
 
     weights_bytes: int | None = None
     host: Literal["mapped", "pinned"] = "mapped"
+    most_pinned_bytes: int | None = None
     checkpointing: bool = True
     activations: Literal["device", "host"] = "device"
     chunks: int = 1

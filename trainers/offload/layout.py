@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .linear import FrozenLinear
+from .mapped_file import FileRange, range_of
 
 _ALIGNMENT = 256
 """Bytes: what CUDA's own allocations are aligned to, and more than any kernel asks of a tensor."""
@@ -19,21 +20,36 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Flat:
-    """Tensors in host memory, and where each of them begins when they lie one after the other in a flat run of bytes."""
+    """Tensors in host memory, and where each of them begins when they lie one after the other in a flat run of bytes.
+
+    `sources` are their files, if they are mapped.
+    """
 
     hosts: tuple[torch.Tensor, ...]
+    sources: tuple[FileRange | None, ...]
     starts: tuple[int, ...]
     nbytes: int
 
     @classmethod
     def packed(cls, hosts: Iterable[torch.Tensor]) -> Flat:
-        hosts = tuple(hosts)
-        return cls(hosts, *_places(hosts))
+        return cls(*_placed(tuple(hosts)))
 
-    def write(self, run: torch.Tensor) -> None:
-        """Copies the host's tensors into a flat run of bytes (uint8, at least `nbytes` long) in host memory."""
-        for host, part in zip(self.hosts, self.parts(run), strict=True):
-            part.copy_(host)
+    @property
+    def in_file(self) -> bool:
+        """Whether some of it can be read from the model's file."""
+        return any(source is not None for source in self.sources)
+
+    def write(self, run: torch.Tensor, from_file: bool = False) -> None:
+        """Fills a flat run of bytes (uint8, at least `nbytes` long) in host memory with the host's tensors.
+
+        They are copied from where they are (mapped files come page by page, as they are touched), or, `from_file`, read from
+        their file if they have one. The bytes are the same.
+        """
+        for host, source, start, part in zip(self.hosts, self.sources, self.starts, self.parts(run), strict=True):
+            if from_file and source is not None:
+                source.read_into(run[start : start + host.nbytes])
+            else:
+                part.copy_(host)
 
     def parts(self, run: torch.Tensor) -> list[torch.Tensor]:
         """The tensors in a flat run of bytes."""
@@ -51,8 +67,8 @@ class BlockLayout(Flat):
     def of(cls, block: nn.Module) -> BlockLayout:
         """Of the tensors that the block's Linears hold now, which become the host's own."""
         found = [(linear, name, tensor) for linear in frozen_linears(block) for name, tensor in linear.stored_tensors().items()]
-        hosts = tuple(tensor.detach() for *_, tensor in found)
-        return cls(hosts, *_places(hosts), tuple((linear, name) for linear, name, _ in found))
+        placed = _placed(tuple(tensor.detach() for *_, tensor in found))
+        return cls(*placed, tuple((linear, name) for linear, name, _ in found))
 
     def views(self, run: torch.Tensor) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
         """Each Linear with its tensors in a flat run of bytes."""
@@ -74,13 +90,16 @@ class BlockLayout(Flat):
         return list(found.items())
 
 
-def _places(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], int]:
-    """Where each of the tensors begins, and where the last one ends; aligned."""
+_Placed = tuple[tuple[torch.Tensor, ...], tuple[FileRange | None, ...], tuple[int, ...], int]
+
+
+def _placed(hosts: tuple[torch.Tensor, ...]) -> _Placed:
+    """The fields of a Flat: where each of the tensors begins, and where the last one ends; aligned."""
     starts, end = [], 0
-    for tensor in tensors:
+    for host in hosts:
         starts.append(end)
-        end += aligned(tensor.nbytes)
-    return tuple(starts), end
+        end += aligned(host.nbytes)
+    return hosts, tuple(map(range_of, hosts)), tuple(starts), end
 
 
 def aligned(nbytes: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from .copies import Copies
-from .host import master_of
+from .host import HostWeights, master_of
 from .layout import BlockLayout, bind
 from .placement import Placement
 
@@ -32,12 +32,14 @@ class Stream:
         host: Literal["mapped", "pinned"],
         copies: Copies,
         device: torch.device,
+        weights: HostWeights,
+        most_pinned_bytes: int | None = None,
     ) -> None:
-        """Takes the device's memory for the slots, and the host's for the master."""
+        """Takes the device's memory for the slots, and the host's for the master: `most_pinned_bytes` of it pinned blocks."""
         self._layouts, self._placement, self._copies = layouts, placement, copies
         # Slots first: when the GPU is full, that is known before gigabytes of host memory are copied and pinned.
         self._slots = [torch.empty(placement.slot_bytes, dtype=torch.uint8, device=device) for _ in range(placement.slots)]
-        self._master = master_of(host, layouts, placement.streamed, copies, device)
+        self._master = master_of(host, layouts, placement.streamed, copies, weights, most_pinned_bytes)
         self._holds: list[int | None] = [None] * placement.slots
         self._arrival: list[Callable[[], Any]] = [lambda: None] * placement.slots
         self._in_use: int | None = None
@@ -50,6 +52,11 @@ class Stream:
     def private_bytes(self) -> int:
         """Host memory of its own."""
         return self._master.private_bytes
+
+    @property
+    def pinned_blocks(self) -> int:
+        """Streamed blocks with pinned memory of their own; the others come from the file."""
+        return self._master.pinned_blocks
 
     def fetch(self, block: int, way: Way) -> None:
         """Makes a block's weights there for what is computed from now on, and sends for those that come next.
@@ -68,15 +75,17 @@ class Stream:
 
     def close(self) -> None:
         """Gives all memory back; the Linears have the host's tensors again."""
-        for arrival in self._arrival:
-            with suppress(OSError, RuntimeError):  # of a block that could not be sent: nobody wants it any more
-                if (end := arrival()) is not None:
-                    self._copies.wait(end)
-                    self._copies.finish(end)
-        self._master.close()
-        self._slots.clear()
-        for block in self._placement.streamed:
-            bind(self._layouts[block].on_host())
+        try:
+            for arrival in self._arrival:
+                with suppress(OSError, RuntimeError):  # of a block that could not be sent: nobody wants it any more
+                    if (end := arrival()) is not None:
+                        self._copies.wait(end)
+                        self._copies.finish(end)
+        finally:
+            self._master.close()
+            self._slots.clear()
+            for block in self._placement.streamed:
+                bind(self._layouts[block].on_host())
 
     def _release(self) -> None:
         """Lets the slot in use be written when what is queued so far is computed."""

@@ -93,12 +93,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("host_waits_event", [](const std::vector<uint64_t>& e) {
     Lock g(mu);
+    return_error(false, true);
     join(host, clock_from(e));
   });
   m.def("host_waits_all", [](int d) {
     auto line = where();
     Lock g(mu);
     host_waits_at["synchronize @" + line]++;
+    return_error(false, true);
     for (int s = 0; s < CLOCKS; s++)
       if (d < 0 || device_of[s] == d) host_waits(s);
   });
@@ -108,22 +110,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("register_host", [](size_t p, size_t n) {
     Lock g(mu);
-    auto next = registered.lower_bound((char*)p);
-    if (registered_bytes + n > pin_cap) return 2;
-    if (in(registered, (void*)p) || (next != registered.end() && next->first < (char*)p + n)) return 712;
-    registered[(char*)p] = n;
-    registered_bytes += n;
-    return 0;
+    return register_host((char*)p, n);
   });
   m.def("unregister_host", [](size_t p) {
     Lock g(mu);
-    auto it = registered.find((char*)p);
-    if (it == registered.end()) return 713;
-    for (auto& [base, b] : bytes_at)
-      if ((char*)base >= it->first && (char*)base < it->first + it->second) host_access(base, true, "cudaHostUnregister");
-    registered_bytes -= it->second;
-    registered.erase(it);
-    return 0;
+    return unregister_host((char*)p);
   });
   m.def("memory", [](int d) {
     Lock g(mu);
@@ -148,9 +139,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("failed_in", [] { return failed_in; });
   m.def("pinned", [] {
     Lock g(mu);
-    return std::vector<size_t>{registered_bytes, cached_bytes};
+    return std::vector<size_t>{registered_bytes, cached_bytes, (size_t)registrations, most_registered_bytes};
   });
   m.def("limit_pinned", [](size_t n) { pin_cap = n; });
+  m.def("empty_host_cache", [] {
+    Lock g(mu);
+    PinnedMemory::empty_cache();
+  });
+  m.def("grow_context", [](const std::map<std::string, size_t>& bytes_of) {
+    Lock g(mu);
+    context_growth = bytes_of;
+    for (auto& gpu : gpus) gpu.context = 0;
+  });
+  m.def("context", [](int d) { return gpus[d].context; });
+  m.def("set_total", [](size_t n, int d) { gpus[d].total = n; });
   m.def("live_blocks", [](int d) {
     Lock g(mu);
     return blocks_of(d);
@@ -186,5 +188,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     streams_made = 0;
     operators.clear();
     contexts.clear();
+    registrations = 0;
+    most_registered_bytes = registered_bytes;
+    error_at_launch = error_at_wait = false;
   });
 }

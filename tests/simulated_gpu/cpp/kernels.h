@@ -12,6 +12,7 @@ int64_t choose_attention(const Tensor&, const Tensor&, const Tensor&, const std:
 
 void touch(std::initializer_list<Tensor> read, const std::string& name, int d) {
   Lock g(mu);
+  launched(name, d, false);
   op_now = name;
   operators[name]++;
   tick(stream_now[d]);

@@ -1,17 +1,8 @@
-// Device memory with a limit, and pinned host memory with CUDA's rules. New device memory is not-a-number.
+// Device memory with a limit. New device memory is not-a-number.
 #pragma once
 #include <c10/core/impl/alloc_cpu.h>
 
-#include "order.h"
-
-bool in(const std::map<char*, size_t>& ranges, const void* p) {
-  auto it = ranges.upper_bound((char*)p);
-  return it != ranges.begin() && (--it, (char*)p < it->first + it->second);
-}
-
-bool is_pinned(const void* p) {
-  return in(registered, p) || in(cached, p);
-}
+#include "pinned.h"
 
 std::map<std::pair<std::string, size_t>, int> blocks_of(int d) {  // (the operator that made it, bytes) -> how many
   std::map<std::pair<std::string, size_t>, int> found;
@@ -31,7 +22,7 @@ void charge(size_t n, int d) {
   Gpu& gpu = gpus[d];
   bool injected = fail_at >= 0 && ++allocations > fail_at && allocations <= fail_at + fail_count;
   if (injected) failed_in = op_now;
-  if (injected || gpu.live + n > gpu.cap)
+  if (injected || gpu.live + n > gpu.cap || gpu.live + n + gpu.context > gpu.total)
     C10_THROW_ERROR(OutOfMemoryError, "CUDA out of memory. Tried to allocate " + std::to_string(n) + " bytes (simulated GPU)");
   gpu.live += n;
   gpu.blocks++;
@@ -82,24 +73,3 @@ struct GpuMemory final : c10::Allocator {
 
   void copy_data(void* to, const void* from, size_t n) const override { memcpy(to, from, n); }
 } gpu_memory;
-
-struct PinnedMemory final : c10::Allocator {  // torch's own pinned tensors: powers of two, kept until they are asked for again
-
-  c10::DataPtr allocate(size_t n) override {
-    Lock g(mu);
-    void* p = c10::alloc_cpu(std::max<size_t>(n, 1));
-    cached[(char*)p] = std::max<size_t>(n, 1);
-    cached_bytes += std::max<size_t>(n, 1);
-    return {p, p,
-            [](void* q) {
-              Lock g(mu);
-              cached_bytes -= cached[(char*)q];
-              cached.erase((char*)q);
-              bytes_at.erase(q);
-              c10::free_cpu(q);
-            },
-            Device(c10::kCPU)};
-  }
-
-  void copy_data(void* to, const void* from, size_t n) const override { memcpy(to, from, n); }
-} pinned_memory;

@@ -39,6 +39,15 @@ Tensor on_gpu(const Tensor& made, int d) {
   return view_of(c10::Storage(c10::Storage::use_byte_size_t(), n, std::move(data), &gpu_memory, true), made, made.storage_offset());
 }
 
+// Hold `mu`. What every operator meets before it runs: errors of earlier calls, and what CUDA loads for its first use.
+void launched(const std::string& name, int d, bool waits) {
+  return_error(true, waits);
+  if (auto it = context_growth.find(name); it != context_growth.end()) {
+    gpus[d].context += it->second;
+    context_growth.erase(it);
+  }
+}
+
 // The host waits for the result's size or value.
 const std::set<std::string> WAITS = {"aten::_local_scalar_dense", "aten::nonzero",  "aten::equal",   "aten::is_nonzero",
                                      "aten::masked_select",       "aten::_unique2", "aten::bincount"};
@@ -135,6 +144,7 @@ struct Call {
   void order() {
     const std::string line = waits ? where() : "";
     Lock g(mu);
+    launched(name, device, waits);
     op_now = name;
     operators[name]++;
     const int s = stream_now[device];
@@ -221,6 +231,7 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   const std::string line = crosses ? where() : "";
   {
     Lock g(mu);
+    launched("aten::copy_", d, crosses && !non_blocking);
     op_now = "aten::copy_";
     operators[name]++;
     if (crosses) copies[name + " @" + line]++;

@@ -19,6 +19,7 @@ using Clock = std::array<uint64_t, CLOCKS>;
 
 struct Gpu {
   size_t live = 0, peak = 0, cap = SIZE_MAX;  // bytes
+  size_t total = SIZE_MAX, context = 0;       // what it has, and what CUDA itself took of it beside the allocator
   long blocks = 0;
 };
 
@@ -49,7 +50,11 @@ std::array<int, CLOCKS> device_of{0, 1, 2, 3};
 std::array<Gpu, DEVICES> gpus;
 std::unordered_map<void*, Bytes> bytes_at;
 std::map<char*, size_t> registered, cached;  // pinned by cudaHostRegister, and by torch's caching host allocator
-size_t registered_bytes = 0, cached_bytes = 0, pin_cap = SIZE_MAX;
+std::multimap<size_t, char*> idle_cached;      // of `cached`, what no tensor uses: kept for the next one of its size
+size_t registered_bytes = 0, most_registered_bytes = 0, cached_bytes = 0, pin_cap = SIZE_MAX;
+long registrations = 0;
+bool error_at_launch = false, error_at_wait = false;  // of a refused registration, returned once more to whoever launches or waits next
+std::map<std::string, size_t> context_growth;         // bytes of the GPU that the first use of an operator takes for good
 std::vector<std::string> races, misplaced;
 std::map<std::string, long> host_waits_at, copies, pageable, operators, contexts;
 long streams_made = 0;

@@ -7,16 +7,16 @@ import torch
 from adversary import refuse_unfinished
 
 from trainers.offload.layout import Flat
-from trainers.offload.pinned import Buffer, tell
+from trainers.offload.pinned import Buffer, warn_once
 
 
 @pytest.fixture(autouse=True)
 def host_memory_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     write, close = Flat.write, Buffer.close
 
-    def watched_write(layout: Flat, run: torch.Tensor) -> None:
+    def watched_write(layout: Flat, run: torch.Tensor, *how: bool) -> None:
         refuse_unfinished(run)
-        write(layout, run)
+        write(layout, run, *how)
 
     def watched_close(buffer: Buffer) -> None:
         refuse_unfinished(buffer.bytes)
@@ -28,4 +28,4 @@ def host_memory_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_was_told() -> None:
-    tell.cache_clear()
+    warn_once.cache_clear()

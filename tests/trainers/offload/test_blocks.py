@@ -14,8 +14,10 @@ from trainers.offload.activations import Arena
 from trainers.offload.blocks import Blocks
 from trainers.offload.chunks import ChunkedForward, Chunks, in_chunks, rest_at_ends
 from trainers.offload.copies import HostCopies
+from trainers.offload.host import HostWeights
 from trainers.offload.layout import BlockLayout
 from trainers.offload.linear import FrozenLinear
+from trainers.offload.pinned import PinnedMemory
 from trainers.offload.placement import place
 from trainers.offload.stream import Stream
 
@@ -64,9 +66,10 @@ def gradients(model: Model, steps: int = 2, dtype: torch.dtype = torch.float32) 
     return [loss.detach(), *(block.lora.grad for block in model.blocks)]
 
 
-def streamed(blocks: Blocks, copies, host="mapped", budget=0) -> Stream:
+def streamed(blocks: Blocks, copies, host="mapped", budget=0, weights=None) -> Stream:
     layouts = [BlockLayout.of(block) for block in blocks.modules]
-    blocks.stream = Stream(layouts, place([layout.nbytes for layout in layouts], budget), host, copies, CPU)
+    weights = weights or HostWeights(PinnedMemory(CPU))
+    blocks.stream = Stream(layouts, place([layout.nbytes for layout in layouts], budget), host, copies, CPU, weights)
     return blocks.stream
 
 

@@ -8,8 +8,10 @@ from adversary import Adversary, refuse_unfinished
 from torch import nn
 
 from trainers.offload.copies import HostCopies
+from trainers.offload.host import HostWeights
 from trainers.offload.layout import BlockLayout, frozen_linears
 from trainers.offload.linear import FrozenLinear
+from trainers.offload.pinned import PinnedMemory
 from trainers.offload.placement import place
 from trainers.offload.stream import Stream
 
@@ -39,7 +41,8 @@ class Ring:
         self.layouts = [BlockLayout.of(block) for block in self.blocks]
         self.placement = place([layout.nbytes for layout in self.layouts], budget)
         self.copies = copies
-        self.stream = Stream(self.layouts, self.placement, host, copies, CPU)
+        self.weights = HostWeights(PinnedMemory(CPU))
+        self.stream = Stream(self.layouts, self.placement, host, copies, CPU, self.weights)
 
     def compute(self, index: int, way: str) -> None:
         self.stream.fetch(index, way)
@@ -96,7 +99,7 @@ def test_the_next_block_is_on_its_way_before_it_is_asked_for():
     ring.placement = place([layout.nbytes for layout in ring.layouts], 2 * max(layout.nbytes for layout in ring.layouts))
     assert ring.placement.slots == 2
     ring.stream.close()
-    ring.stream = Stream(ring.layouts, ring.placement, "pinned", copies, CPU)
+    ring.stream = Stream(ring.layouts, ring.placement, "pinned", copies, CPU, ring.weights)
     for index in range(5):
         ring.compute(index, "turning")
         assert ring.stream._slot_of(index + 1) is not None
@@ -120,10 +123,10 @@ def test_a_block_that_could_not_be_sent_is_told_and_the_ring_can_be_closed(monke
     ring = Ring([40] * 6, 0, "mapped", HostCopies())
     write = BlockLayout.write
 
-    def unreadable(layout: BlockLayout, run: torch.Tensor) -> None:
+    def unreadable(layout: BlockLayout, run: torch.Tensor, *how: bool) -> None:
         if layout is ring.layouts[2]:
             raise OSError("the disk is gone")
-        write(layout, run)
+        write(layout, run, *how)
 
     monkeypatch.setattr(BlockLayout, "write", unreadable)
     ring.compute(0, "turning")
@@ -132,7 +135,7 @@ def test_a_block_that_could_not_be_sent_is_told_and_the_ring_can_be_closed(monke
         ring.compute(2, "turning")
     ring.stream.close()
     assert all(torch.equal(a, b) for a, b in zip(contents(ring.blocks[2]), ring.wanted[2], strict=True))
-    again = Stream(ring.layouts, ring.placement, "mapped", HostCopies(), CPU)
+    again = Stream(ring.layouts, ring.placement, "mapped", HostCopies(), CPU, ring.weights)
     for index in (3, 4, 5):
         again.fetch(index, "turning")
         assert all(torch.equal(a, b) for a, b in zip(contents(ring.blocks[index]), ring.wanted[index], strict=True))
