@@ -18,7 +18,7 @@ _ALIGNMENT = 256
 """Bytes: what CUDA's own allocations are aligned to, and more than any kernel asks of a tensor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flat:
     """Tensors in host memory, and where each of them begins when they lie one after the other in a flat run of bytes.
 
@@ -57,7 +57,7 @@ class Flat:
         return [run[start : start + host.nbytes].view(host.dtype).view(host.shape) for host, start in pairs]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockLayout(Flat):
     """The streamed tensors of one block. `owners` are the frozen Linear and the name of each."""
 
