@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainers.data.encoded import Encoded
 from trainers.family import Family, Variant, families
 from trainers.offload import blocks
 from trainers.offload.copies import CudaCopies
+from trainers.offload.pinned import PinnedMemory
 from trainers.run import Run
 from trainers.training import Training, open_training
 
@@ -106,7 +108,8 @@ def test_the_last_blocks_input_stays_on_the_gpu(tmp_path: Path) -> None:
 def test_everything_of_a_batch_is_pinned_in_one_piece(tmp_path: Path, family: Family, variant: Variant) -> None:
     """The first frame was a view of every clip's latents: pinned, but strided, so each copy of it stopped the queue (LTX, Wan 2.2)."""
     job, device = job_on("cuda:0", tmp_path, family, variant), torch.device("cuda:0")
-    samples = Samples.of(job, family, variant, Encoded.open(Path(job.encoded)), 1, device, torch.float32)
+    samples = Samples.of(job, family, variant, Encoded.open(Path(job.encoded)), device, torch.float32)
+    samples = replace(samples, memory=PinnedMemory(device))
     batch = samples.batch(1, samples.order.step(1)[0])
     gpu.reset()
     batch.to(device)
