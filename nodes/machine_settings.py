@@ -23,15 +23,17 @@ def machine() -> tuple[Setting, ...]:
             "precision",
             options=["auto", "bf16", "fp16", "fp32"],
             default="auto",
-            tooltip="What the model computes in. auto: bf16 where the card has it.",
+            tooltip="What the model computes in. auto: bf16 on RTX 30 and newer; on older GPUs fp16 for Wan, and fp32, which is slow, for "
+            "other models.",
         ),
         folded(
             "device",
             io.Combo,
             "device",
-            options=["auto", "cpu", "cuda:0", "cuda:1", "cuda:2", "cuda:3"],
+            options=["auto", "cpu", "cuda:0", "cuda:1", "cuda:2", "cuda:3", "mps"],
             default="auto",
-            tooltip="Where to train. auto: the first CUDA card. Runs on one card wait for each other.",
+            tooltip="Where to train. auto: the first CUDA GPU; if none is found, small models train on the CPU, and for large ones you are "
+            "told what to check. Runs on one GPU wait for each other.",
         ),
         folded(
             "deterministic",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .device import pick_device, pick_precision
+from .device import Hardware, pick_device, pick_precision
 from .errors import JobError, MissingPackage, Problem
 from .family import Family, TextRecord
 from .job import Job
@@ -69,7 +69,8 @@ def _problems(job: Job, name: str, backend: Backend, family: Family | None) -> I
     if found < backend.capability:
         card, needed = torch.cuda.get_device_name(device), ".".join(map(str, backend.capability))
         yield Problem(f"{value} on {card} (compute capability {found[0]}.{found[1]})", f"it needs {needed}", 'Use "auto".')
-    if backend.half_only and pick_precision(job, device) == "fp32":
+    auto = family and job.precision == "auto" and pick_precision(job, family, Hardware.of(device)).name
+    if backend.half_only and "fp32" in (job.precision, auto):
         yield Problem(f"{value}, precision is fp32", "it computes in bf16 and fp16 only", 'Use "auto", or precision bf16.')
     if job.batch_size > 1 and family is not None and masks_captions(family):
         rule = f"captions of {family.title} need a mask where lengths differ, which it does not take"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import CheckpointError, Problem, ProblemsError
-from .quantisation import Kind, Quantisation, split_off
+from .quantisation import FP8_DTYPES, Kind, Quantisation, split_off
 from .tensor_files import PICKLE_SUFFIXES, SUFFIXES, StoredTensor, TensorFile, open_tensor_file
 
 Component = Literal["transformer", "vae", "text_encoder"]
@@ -68,6 +68,16 @@ class Checkpoint:
     def quantisation(self) -> Kind | None:
         """How the weights are quantised: "fp8_scaled", "comfy_quant", or None (also for plain fp8 weights)."""
         return self._quantisation.kind
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether any weight is stored in 8 bits, with scales or without."""
+        return self.quantisation is not None or any(stored.dtype in FP8_DTYPES for stored in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers all weights are."""
+        return sum(stored.numel for stored in self.tensors.values())
 
     @property
     def nbytes(self) -> int:

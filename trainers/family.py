@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from .offload.chunks import ChunkedForward
 
 
+PrecisionName = Literal["bf16", "fp16", "fp32"]
+
+
 @dataclass(frozen=True)
 class LatentSpec:
     """How pixels become latents, and which pixels are allowed.
@@ -304,6 +307,8 @@ class Family(Protocol):
     targets: LoraTargets
     blocks: tuple[str, ...]
     """Names of the transformer's block lists, in the order they run."""
+    precisions: tuple[PrecisionName, ...]
+    """What it computes in without overflowing, the best to train in first."""
     chunked: tuple[ChunkedForward, ...]
     """The forward passes of its classes of blocks, for parts of the sequence where attention is not needed."""
     control: ControlLoras | None

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
-from .device import pick_device, pick_precision
-from .errors import JobError, KeyTableError, Problem, RunError
+from .device import Hardware, Precision, pick_precision
+from .errors import KeyTableError, Problem, RunError
 from .experts import Expert
 from .family import Detection
 from .job import ExpertsSpec, Job, LoraSpec
@@ -133,18 +133,22 @@ def _native_dtypes(checkpoint: Checkpoint, table: KeyTable) -> dict[str, torch.d
 # What is wrong with a job
 
 
-def full_problems(job: Job, checkpoint: Checkpoint, detection: Detection) -> Iterator[Problem]:
-    """Why all weights of this base cannot be trained by this job; nothing for a job that trains a LoRA."""
+def full_problems(job: Job, checkpoint: Checkpoint, detection: Detection, hardware: Hardware | None) -> Iterator[Problem]:
+    """Why all weights of this base cannot be trained by this job; nothing for a job that trains a LoRA.
+
+    `hardware` None: the job's device is not there, which is a problem of its own.
+    """
     if job.method != "full":
         return
     yield from _base_problems(job, checkpoint, detection)
     yield from _setting_problems(job)
-    yield from _precision_problems(job)
+    if hardware is not None:
+        yield from _precision_problems(job, pick_precision(job, detection.family, hardware))
 
 
 def _base_problems(job: Job, checkpoint: Checkpoint, detection: Detection) -> Iterator[Problem]:
     rule, remedy = 'method "full" trains', 'Set method to "lora".'
-    parameters = sum(stored.numel for stored in checkpoint.tensors.values())
+    parameters = checkpoint.parameters
     if parameters > MOST_PARAMETERS:
         most = f"models of up to {MOST_PARAMETERS / 1e9:g} billion, whose weights, gradients and optimizer fit on a card"
         yield Problem(f"{checkpoint.path.name} has {parameters / 1e9:.1f} billion parameters", f"{rule} {most}", remedy)
@@ -172,15 +176,11 @@ def _setting_problems(job: Job) -> Iterator[Problem]:
         yield Problem(value, rule, 'Leave it out, or set method to "lora".')
 
 
-def _precision_problems(job: Job) -> Iterator[Problem]:
-    try:
-        precision = pick_precision(job, pick_device(job))
-    except JobError:
-        return  # the device is a problem of its own
-    if precision == "fp16":
+def _precision_problems(job: Job, precision: Precision) -> Iterator[Problem]:
+    if precision.name == "fp16":
         value = f"precision is {'fp16' if job.precision == 'fp16' else 'auto, here fp16'}"
         yield Problem(value, "weights in fp16 lose small updates and overflow", 'Set precision to "fp32".')
-    if precision == "bf16" and job.optimizer.kind != "adamw_kahan":
+    if precision.name == "bf16" and job.optimizer.kind != "adamw_kahan":
         rule = "weights in bf16 would lose every update below 1/512 of them; adamw_kahan carries them on"
         remedy = 'Set optimizer.kind to "adamw_kahan", or precision to "fp32" (up to twice the memory).'
         yield Problem(f"optimizer.kind is {job.optimizer.kind}, in bf16", rule, remedy)
@@ -189,21 +189,21 @@ def _precision_problems(job: Job) -> Iterator[Problem]:
 # How large it becomes
 
 
-def full_lines(job: Job, parameters: int, base_bytes: int, steps: int) -> list[str]:
+def full_lines(job: Job, precision: Precision, parameters: int, base_bytes: int, steps: int) -> list[str]:
     """What `plan` says of the weights and of their files; `base_bytes` are those of the base's transformer."""
-    spec, each = job.checkpoints, _resume_bytes(job, parameters)
+    spec, each = job.checkpoints, _resume_bytes(job, precision, parameters)
     count = -(-steps // spec.every_steps)
     kept = min(count, spec.keep_last)
     return [
-        f"weights  {parameters / 1e6:.2f} million, all of them, in {pick_precision(job, pick_device(job))}",
+        f"weights  {parameters / 1e6:.2f} million, all of them, in {precision.name}",
         f"disk     {count} models of {_size(base_bytes)}, stored as the base is; none is deleted",
         f"         checkpoints for resuming: about {_size(each)} each, {_size(each * (kept + 1))} while the last of {kept} is written",
     ]
 
 
-def _resume_bytes(job: Job, parameters: int) -> int:
+def _resume_bytes(job: Job, precision: Precision, parameters: int) -> int:
     """About the size of a checkpoint for resuming: the weights as they are trained, and the optimizer's numbers."""
-    weight, kind = 2 if pick_precision(job, pick_device(job)) == "bf16" else 4, job.optimizer.kind
+    weight, kind = precision.dtype.itemsize, job.optimizer.kind
     values = 2 if kind == "adamw_kahan" and weight == 4 else _OPTIMIZER_VALUES[kind]
     return parameters * (weight + values * (1 if kind == "adamw8bit" else weight))
 

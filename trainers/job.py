@@ -263,9 +263,9 @@ class Job(_Spec):
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass: a third more time for a fraction of the memory."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the card has it, else fp16 with loss scaling; fp32 on CPU."""
+    """auto: bf16 on GPUs that have it (RTX 30 and newer); on older ones fp16 for Wan and fp32 for other models; fp32 on the CPU."""
     device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "auto"
-    """auto: the first CUDA card, else the CPU."""
+    """auto: the first CUDA GPU; without one the CPU, for models of up to 2 billion parameters."""
     deterministic: bool = False
     """Bit-for-bit repeatable on CUDA too, where PyTorch can; slower."""
     tensorboard: bool = True

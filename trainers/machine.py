@@ -57,8 +57,15 @@ class Machine:
     turing: bool = False
     kernel_time_limit: bool = False
     measured: frozenset[str] = frozenset()
+    flops_rate_fp32: float | None = None
+    """In float32, where another precision's rate is assumed and this one is known to be far from it."""
     pinnable_bytes: int | None = None
     headroom_bytes: int = 0
+
+    def computing_in(self, dtype: torch.dtype) -> Machine:
+        """The same machine, whose `flops_rate` is that of `dtype`."""
+        known = self.flops_rate_fp32 if dtype == torch.float32 else None
+        return self if known is None else replace(self, flops_rate=known)
 
     def with_limits(self, vram_gib: float | None, ram_gib: float | None) -> Machine:
         """The same machine, of which a training may take no more than these, and no more than is free."""
@@ -81,21 +88,25 @@ class Card:
     memory_gb_per_second: float
     copy_gb_per_second: float
     bf16: bool = True
+    tera_flops_fp32: float | None = None
+    """Of a GPU without bf16, on which some models are trained in float32."""
 
     def machine(self, ram_gib: float, vram_gib: float | None = None) -> Machine:
         """A host of `ram_gib` with this card and nothing else on it; `vram_gib`: another size than its own."""
         total = int((self.gib if vram_gib is None else vram_gib) * GIB)
         rates = self.tera_flops * 1e12, self.memory_gb_per_second * 1e9, self.copy_gb_per_second * 1e9
         free = max(total - _CONTEXT_BYTES, 0)
+        fp32 = None if self.tera_flops_fp32 is None else self.tera_flops_fp32 * 1e12
         ram = int(ram_gib * GIB)
         pinnable = pinnable_bytes(this_system(), ram, LINUX_KEPT_WITH_SWAP_BYTES, ram)
-        return Machine(self.name, "cuda", total, free, ram, *rates, bf16=self.bf16, turing=not self.bf16, pinnable_bytes=pinnable)
+        machine = Machine(self.name, "cuda", total, free, ram, *rates, bf16=self.bf16, turing=not self.bf16, pinnable_bytes=pinnable)
+        return replace(machine, flops_rate_fp32=fp32)
 
 
 CARDS = (
     Card("RTX 4060", 8.0, 24, 240, 12),
     Card("RTX 3060", 12.0, 22, 320, 22),
-    Card("T4", 14.7, 24, 240, 11, bf16=False),
+    Card("T4", 14.7, 24, 240, 11, bf16=False, tera_flops_fp32=4.5),
     Card("RTX 4080", 16.0, 80, 630, 22),
     Card("RTX 4090", 24.0, 140, 900, 22),
     Card("L40S", 48.0, 160, 770, 22),

@@ -13,7 +13,7 @@ import torch
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
-from .device import DTYPES, pick_device, pick_precision
+from .device import Hardware, Precision, pick_device, pick_precision
 from .errors import DatasetError
 from .experts import experts_of
 from .family import Detection, Family, Variant, detect
@@ -54,6 +54,7 @@ class Plan:
     loras: int
     memory: MemoryPlan
     mean_share: float
+    precision: Precision
 
     @property
     def lora_bytes(self) -> int:
@@ -83,6 +84,7 @@ class Plan:
             "loras": self.loras,
             "adapters": self.adapters,
             "parameters": self.parameters,
+            "precision": {"name": self.precision.name, "reason": self.precision.reason},
             "memory": as_values(self.memory, self.run_seconds),
         }
 
@@ -98,12 +100,16 @@ class Plan:
             f"steps    {self.steps} of {job.batch_size * job.accumulation} clips; {self.steps_per_epoch:.1f} are an epoch",
             *self._expert_lines(),
             *self._start_lines(),
-            *(full_lines(job, self.parameters, self.base_bytes, self.steps) if job.method == "full" else self._lora_lines()),
+            *(self._weight_lines() if job.method == "full" else self._lora_lines()),
+            f"compute  in {self.precision.name}: {self.precision.reason}",
             f"learning {job.optimizer.kind}, rate {job.optimizer.learning_rate:g}, {job.optimizer.schedule}",
             f"output   {job.output_folder / job.name}",
             *(f"{'' if index else 'memory':<8} {line}" for index, line in enumerate(self._memory_lines())),
         ]
         return "\n".join(lines)
+
+    def _weight_lines(self) -> list[str]:
+        return full_lines(self.job, self.precision, self.parameters, self.base_bytes, self.steps)
 
     def _lora_lines(self) -> list[str]:
         lora = self.job.lora
@@ -166,16 +172,17 @@ def make_plan(job: Job, machine: Machine | None = None) -> Plan:
     """What the job would train, on this machine or on another one. Raises JobError with every problem."""
     from .job_memory import plan_memory
 
-    check(job if machine is None else job.model_copy(update={"device": "auto", "precision": "auto"}))
+    elsewhere = None if machine is None else Hardware.cuda(machine.name, machine.bf16)
+    check(job, elsewhere=elsewhere)
     base = Checkpoint.open(job.base.transformer)
     detection = detect(base, job.base.variant)
     encoded = Encoded.open(Path(job.encoded))
     device = pick_device(job) if machine is None else torch.device(machine.device)
-    dtype = DTYPES[pick_precision(job, device) if machine is None else _precision_on(machine, job)]
+    precision = pick_precision(job, detection.family, elsewhere or Hardware.of(device))
     samples = Samples.of(job, detection.family, detection.variant, encoded, torch.device("cpu"), torch.float32)
     spec = detection.family.latent(detection.variant)
     buckets = Counter((item.num_frames, item.height, item.width) for item in samples.items)
-    memory = plan_memory(job, detection, samples, device, dtype, machine)
+    memory = plan_memory(job, detection, samples, device, precision.dtype, machine and machine.computing_in(precision.dtype))
     return Plan(
         job=job,
         family=detection.family,
@@ -192,12 +199,8 @@ def make_plan(job: Job, machine: Machine | None = None) -> Plan:
         loras=memory.model.trained,
         memory=memory,
         mean_share=_mean_share(detection, buckets),
+        precision=precision,
     )
-
-
-def _precision_on(machine: Machine, job: Job) -> str:
-    """As `pick_precision`, on a machine that is not this one."""
-    return job.precision if job.precision != "auto" else "bf16" if machine.bf16 else "fp16"
 
 
 def _mean_share(detection: Detection, buckets: Mapping[Bucket, int]) -> float:

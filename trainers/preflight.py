@@ -18,7 +18,7 @@ from .batches import Samples
 from .checkpoint import Checkpoint
 from .condition_problems import clip_problems, condition_problems, preview_problems
 from .data.encoded import Encoded
-from .device import DTYPES, pick_device, pick_precision
+from .device import Hardware, no_gpu_problem, pick_device, pick_precision, precision_problem
 from .environment import started_processes
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
 from .even_blocks import block_problem
@@ -36,13 +36,16 @@ if TYPE_CHECKING:
     from .memory_plan import MemoryPlan
 
 
-def check(job: Job, started: bool = False) -> MemoryPlan | None:
-    """Raises JobError with every problem of the job; when it can run, how it would on its card if nothing else were there.
+def check(job: Job, started: bool = False, elsewhere: Hardware | None = None) -> MemoryPlan | None:
+    """Raises JobError with every problem of the job; when it can run, how it would on its GPU if nothing else were there.
 
-    None: there is no card. A run that has `started` goes on from its own checkpoints: what it began with may be gone.
+    None: there is no GPU, or the job is for hardware that is `elsewhere`: then this machine's is not asked. A run that has
+    `started` goes on from its own checkpoints: what it began with may be gone.
     """
-    if problems := list(find_problems(job, started)):
+    if problems := list(find_problems(job, started, elsewhere)):
         raise JobError(problems, subject=f"The job {job.name} cannot run")
+    if elsewhere is not None:
+        return None
     try:
         return _plan_of_empty_card(job)
     except JobError as error:
@@ -57,8 +60,9 @@ def _plan_of_empty_card(job: Job) -> MemoryPlan | None:
     from .job_memory import plan_memory  # with all that a step is made of: not while ComfyUI starts
     from .machine import empty_card
 
-    dtype, encoded = DTYPES[pick_precision(job, device)], Encoded.open(Path(job.encoded), job.encoded_identity)
     detection = detect(Checkpoint.open(job.base.transformer), job.base.variant)
+    dtype = pick_precision(job, detection.family, Hardware.of(device)).dtype
+    encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(job, detection.family, detection.variant, encoded, device, dtype)
     return plan_memory(job, detection, samples, device, dtype, empty_card(device))
 
@@ -66,15 +70,19 @@ def _plan_of_empty_card(job: Job) -> MemoryPlan | None:
 def check_settings(job: Job, started: bool = False) -> None:
     """Raises JobError with every problem that can be found before the data set is there: device, packages, where it starts."""
     problems = list(_setting_problems(job, started))
+    base, detection = _quietly(job)
     if job.base.variant:
         problems += condition_problems(job, *family_of(job.base.variant))
+    if base and detection:
+        problems += _hardware_problems(job, started, base, detection.family, _hardware(job))
     if problems:
         raise JobError(problems, subject=f"The job {job.name} cannot run")
 
 
-def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
+def find_problems(job: Job, started: bool = False, elsewhere: Hardware | None = None) -> Iterator[Problem]:
     """Each problem of the job. Reads headers, never tensors."""
     detection = encoded = None
+    hardware = elsewhere or _hardware(job)
     try:
         base = Checkpoint.open(job.base.transformer)
         detection = detect(base, job.base.variant)
@@ -85,10 +93,11 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
     except VideoTrainerError as error:
         yield from _problems("encoded", error)
     if detection:
-        yield from full_problems(job, base, detection)
+        yield from full_problems(job, base, detection, hardware)
         yield from _dora_problems(job, detection.family)
         yield from condition_problems(job, detection.family, detection.variant)
-    yield from _setting_problems(job, started, detection.family if detection else None)
+        yield from _hardware_problems(job, started, base, detection.family, hardware, elsewhere is not None)
+    yield from _setting_problems(job, started, detection.family if detection else None, elsewhere is not None)
     if encoded:
         yield from _data_problems(job, encoded, detection)
     if detection:
@@ -96,6 +105,47 @@ def find_problems(job: Job, started: bool = False) -> Iterator[Problem]:
         yield from _expert_problems(job, detection)
     if detection and job.previews.every_steps:
         yield from _preview_problems(job, detection, encoded)
+
+
+def _hardware(job: Job) -> Hardware | None:
+    """What the job runs on; None: it is not there, which is a problem of its own."""
+    try:
+        return Hardware.of(pick_device(job))
+    except JobError:
+        return None
+
+
+def _quietly(job: Job) -> tuple[Checkpoint | None, Detection | None]:
+    """The base's header and what it is; None where that cannot be read, which is said when the job is handed over."""
+    with suppress(VideoTrainerError):
+        base = Checkpoint.open(job.base.transformer)
+        return base, detect(base, job.base.variant)
+    return None, None
+
+
+def _hardware_problems(
+    job: Job, started: bool, base: Checkpoint, family: Family, hardware: Hardware | None, is_elsewhere: bool = False
+) -> Iterator[Problem]:
+    """What of this model cannot be done on the hardware. A run that has `started` in a precision goes on in it."""
+    if hardware is None:
+        return
+    if not started and (problem := precision_problem(job, family, hardware)):
+        yield problem
+    if not is_elsewhere and (problem := no_gpu_problem(job, base.parameters, base.path.name)):
+        yield problem
+    if hardware.kind == "mps":
+        yield from _mps_problems(job, base)
+
+
+def _mps_problems(job: Job, base: Checkpoint) -> Iterator[Problem]:
+    """What Apple's GPU cannot hold, or has no use for."""
+    if base.is_fp8:
+        yield Problem(f"{base.path.name} is stored as fp8", "Apple's GPU has no fp8", "Give the bf16 or fp16 file of the model.")
+    if job.memory.quantise != "none":
+        value, remedy = f"memory.quantise is {job.memory.quantise}", 'Set it to "none".'
+        yield Problem(value, "Apple's GPU has no fp8, and bitsandbytes no kernels for it", remedy)
+    if job.memory.stream == "always":
+        yield Problem("memory.stream is always", "nothing is streamed to Apple's GPU, whose memory is the machine's", 'Set it to "auto".')
 
 
 def _dora_problems(job: Job, family: Family) -> Iterator[Problem]:
@@ -142,19 +192,16 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
         yield Problem(value, "the first is the high-noise expert, the second the low-noise one", "Exchange them.")
 
 
-def _setting_problems(job: Job, started: bool, family: Family | None = None) -> Iterator[Problem]:
+def _setting_problems(job: Job, started: bool, family: Family | None = None, is_elsewhere: bool = False) -> Iterator[Problem]:
     yield from _process_problems()
     if problem := path_problem(job):
         yield problem
     yield from quantise_problems(job)
     yield from _memory_problems(job)
-    yield from _compile_problems(job)
-    checks: list[Callable[[], object]] = [
-        lambda: _check_device(job),
-        lambda: check_optimizer(job),
-        lambda: check_attention(job, family),
-        lambda: check_quantiser(job.memory.quantise),
-    ]
+    checks: list[Callable[[], object]] = [lambda: check_optimizer(job), lambda: check_quantiser(job.memory.quantise)]
+    if not is_elsewhere:
+        yield from _compile_problems(job)
+        checks += [lambda: pick_device(job), lambda: check_attention(job, family)]
     if not started:
         checks.append(lambda: _check_start(job, family))
     for attempt in checks:
@@ -260,12 +307,6 @@ def _preview_problems(job: Job, detection: Detection, encoded: Encoded | None) -
     if spec.clip_folder is not None:
         yield from find_clip_problems("previews.clip_folder", Path(spec.clip_folder))
     yield from preview_problems(job, detection.family, detection.variant, encoded)
-
-
-def _check_device(job: Job) -> None:
-    device = pick_device(job)
-    if job.precision == "fp16" and device.type != "cuda":
-        raise JobError(Problem(f"precision is fp16 on {device}", "loss scaling needs a CUDA card", "Use auto, bf16 or fp32."))
 
 
 def _check_start(job: Job, family: Family | None) -> None:

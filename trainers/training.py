@@ -15,7 +15,7 @@ from .attention_by_heads import limit_attention
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
-from .device import DTYPES, pick_device, pick_precision
+from .device import Hardware, Precision, pick_device, pick_precision
 from .errors import LoraError, RunError
 from .experts import Expert, Turn, expert_at, experts_of, turn_of
 from .family import Detection, Family, Variant, detect
@@ -143,21 +143,22 @@ def open_training(run: Run) -> Training:
     job = run.job
     check(job, started=run.latest_checkpoint() is not None)
     device = pick_device(job)
-    precision = pick_precision(job, device)
-    torch.use_deterministic_algorithms(job.deterministic)
-    accelerator = _accelerator(run, device, precision)
     base = Checkpoint.open(job.base.transformer)
     detection = detect(base, job.base.variant)
+    precision = pick_precision(job, detection.family, Hardware.of(device))
+    run.event("precision", precision=precision.name, message=str(precision))
+    torch.use_deterministic_algorithms(job.deterministic)
+    accelerator = _accelerator(run, device, precision)
     method = method_of(job, base, detection)
     experts = experts_of(job, detection.variant)
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
-    samples = Samples.of(job, detection.family, detection.variant, encoded, device, DTYPES[precision])
+    samples = Samples.of(job, detection.family, detection.variant, encoded, device, precision.dtype)
     plan = _planned(job, detection, samples)
     limit_attention(plan.machine if plan else None)
     arrangement = plan.arrangement if plan else arrangement_of(job)
     host = HostSide.of(_pinned_memory(run, job, device, plan))
     samples = replace(samples, memory=host.memory)
-    learners = tuple(_learner(expert, job, method, accelerator, device, DTYPES[precision], arrangement, host) for expert in experts)
+    learners = tuple(_learner(expert, job, method, accelerator, device, precision.dtype, arrangement, host) for expert in experts)
     training = Training(
         run=run,
         job=job,
@@ -171,7 +172,7 @@ def open_training(run: Run) -> Training:
         batches=Batches(samples, _sigmas_at(job, learners, samples.total_steps)),
         total_steps=samples.total_steps,
         device=device,
-        dtype=DTYPES[precision],
+        dtype=precision.dtype,
         host=host,
         plan=plan,
     )
@@ -350,7 +351,7 @@ def _load_checkpoint(training: Training, folder: Path) -> None:
     training.step, training.skipped_steps = position.step, position.skipped_steps
 
 
-def _accelerator(run: Run, device: torch.device, precision: str) -> Accelerator:
+def _accelerator(run: Run, device: torch.device, precision: Precision) -> Accelerator:
     """Accelerate's object for loss scaling and trackers; autocast stays off (the adapter casts by itself)."""
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, ProjectConfiguration
@@ -359,7 +360,7 @@ def _accelerator(run: Run, device: torch.device, precision: str) -> Accelerator:
         torch.cuda.set_device(device)
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="fp16" if precision == "fp16" else "no",
+        mixed_precision="fp16" if precision.name == "fp16" else "no",
         kwargs_handlers=[AutocastKwargs(enabled=False)],
         log_with=_trackers(run.job),
         project_config=ProjectConfiguration(project_dir=str(run.folder), logging_dir=str(run.folder / "tensorboard")),

@@ -15,7 +15,7 @@ from gauges import synchronize
 from trainers.batches import Samples
 from trainers.checkpoint import Checkpoint
 from trainers.data.encoded import Encoded
-from trainers.device import DTYPES, pick_device, pick_precision
+from trainers.device import Hardware, pick_device, pick_precision
 from trainers.job import Job, parse_job
 from trainers.load import load_transformer
 from trainers.offload.arrangement import Arrangement
@@ -100,7 +100,7 @@ def plain_loop(job: Job, model: FullSize, adapter: str = "bfloat16") -> Loop:
     without autocast, which is quicker and trains worse.
     """
     device = pick_device(job)
-    steps = _plain_steps(job, model, device, DTYPES[pick_precision(job, device)], adapter)
+    steps = _plain_steps(job, model, device, pick_precision(job, model.family, Hardware.of(device)).dtype, adapter)
     return Loop(lambda: next(steps), device)
 
 

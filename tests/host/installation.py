@@ -56,8 +56,8 @@ class ComfyUI:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For its processes: one thread, and device locks and temporary files in the temporary folder of the tests."""
-        return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUTF8": "1", "TMPDIR": tempfile.gettempdir()}
+        """For its processes: as many threads as here (tests/conftest.py), and device locks and files in the tests' temporary folder."""
+        return os.environ | {"PYTHONUTF8": "1", "TMPDIR": tempfile.gettempdir()}
 
     def call(self, file: str | Path, *flags: str, timeout_seconds: float = 300, **arguments: Any) -> Any:
         """What `main(**arguments)` in `file` returns, in a process like ComfyUI's own on the CPU (see `inside.py`).

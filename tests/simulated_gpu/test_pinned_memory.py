@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from simulated_gpu import gpu
 from simulated_gpu.gpu_runs import in_use, job_on, losses, trained
-from trainers import trainer
+from trainers import memory_limits, trainer
 from trainers.family import families
 from trainers.job import Job
 from trainers.offload import blocks
@@ -137,3 +138,13 @@ def test_how_much_can_be_pinned_is_found_by_trying(limit_mib: int, most_mib: int
     gpu.limit_pinned(limit_mib << 20)
     assert pinnable_bytes(GPU, most_mib << 20) == found_mib << 20
     torch.ones(1, device=GPU).sum().item()  # no error of the refusal is left for it
+
+
+@pytest.mark.parametrize("limit_mib", [1024, 1 << 20])
+def test_wsl_is_asked_what_it_pins(monkeypatch: pytest.MonkeyPatch, limit_mib: int) -> None:
+    """It was reported to refuse at 1 GiB, whatever its RAM: where more than 4 GiB can be pinned, Linux's share counts."""
+    monkeypatch.setattr(memory_limits, "this_system", lambda: "wsl")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * memory_limits.GIB))
+    gpu.limit_pinned(limit_mib << 20)
+    found = memory_limits.pinnable_here(GPU, 40 * memory_limits.GIB)
+    assert found == (memory_limits.GIB if limit_mib == 1024 else 36 * memory_limits.GIB)

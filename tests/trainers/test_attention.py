@@ -34,7 +34,6 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A card of a capability, as PyTorch tells of it."""
     card = {"capability": (7, 5)}
     monkeypatch.setattr(attention, "pick_device", lambda job: torch.device("cuda", 0))
-    monkeypatch.setattr(attention, "pick_precision", lambda job, device: job.precision)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card["capability"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     return card

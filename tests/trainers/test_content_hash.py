@@ -129,6 +129,6 @@ def test_in_inference_mode():
 
 def test_large_tensors_take_milliseconds():
     tensors = [torch.zeros(4_000_000) for _ in range(20)]
-    started = time.perf_counter()
+    started = time.process_time()
     content_hash(tensors)
-    assert time.perf_counter() - started < 0.2
+    assert time.process_time() - started < 0.2

@@ -17,6 +17,7 @@ from tiny_families import TINY, write_encoded_of
 
 from trainers.checkpoint import Checkpoint
 from trainers.cli import main
+from trainers.device import Hardware
 from trainers.errors import JobError, RunError
 from trainers.experts import Expert
 from trainers.family import detect, families
@@ -232,7 +233,7 @@ def test_a_checkpoint_of_another_precision_is_refused(tmp_path):
 
 def problems_of(path: Path, job: Job) -> list[str]:
     checkpoint = Checkpoint.open(path)
-    return [str(problem) for problem in full_problems(job, checkpoint, detect(checkpoint))]
+    return [str(problem) for problem in full_problems(job, checkpoint, detect(checkpoint), Hardware.of(torch.device("cpu")))]
 
 
 @pytest.mark.parametrize(

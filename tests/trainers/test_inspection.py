@@ -17,10 +17,10 @@ from trainers.inspection import inspect_file
 def test_a_28_gb_file_takes_no_time_and_no_memory(tmp_path: Path) -> None:
     path = write_header_only(tmp_path / "wan.safetensors", entries(shapes_of(T2V_14B), torch.bfloat16))
     inspect_file(path)
-    process, start = psutil.Process(), time.perf_counter()
+    process, start = psutil.Process(), time.process_time()
     before_bytes = process.memory_info().rss
     report = inspect_file(path)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert process.memory_info().rss - before_bytes < 20 * 2**20
     assert path.stat().st_size > 28e9
     assert (report.kind, report.family, report.variants) == ("transformer", "wan", ("wan2.1-t2v-14b", "wan2.2-t2v-a14b"))

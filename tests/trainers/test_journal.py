@@ -69,13 +69,13 @@ def test_ten_thousand_lines_are_read_at_once_and_followed_for_nothing(tmp_path):
     path = tmp_path / "a.jsonl"
     line = json.dumps({"step": 12345, "loss": 0.1234, "grad_norm": 0.5, "lr": 1e-4, "sigma": 0.5, "seconds": 0.25}) + "\n"
     path.write_text(line * 20_000)
-    start = time.perf_counter()
+    start = time.process_time()
     records, offset = journal.read(path)
-    whole_seconds = time.perf_counter() - start
-    start = time.perf_counter()
+    whole_seconds = time.process_time() - start
+    start = time.process_time()
     for _ in range(100):
         journal.read(path, offset)
         journal.read_tail(path)
     assert len(records) == 20_000
     assert whole_seconds < 2.0
-    assert (time.perf_counter() - start) / 100 < whole_seconds / 10
+    assert (time.process_time() - start) / 100 < whole_seconds / 10

@@ -140,6 +140,12 @@ def test_inputs_of_blocks_are_pinned_before_weights() -> None:
     assert plan.arrangement.most_pinned_bytes == gib(12 - 8) - 2 * (GIB // 2)
 
 
+def test_inputs_that_may_not_be_pinned_take_longer() -> None:
+    memory = {"activations": "host", "stream": "never"}
+    limited, free = (chosen(replace(MACHINE, pinnable_bytes=limit), memory=memory) for limit in (gib(2), None))
+    assert limited.price.copy_seconds == pytest.approx((2 + 4 * 6) / 8 * free.price.copy_seconds)
+
+
 def test_feed_forwards_are_cut_last() -> None:
     plan = chosen(replace(MACHINE, free_bytes=gib(6)))
     assert plan.fits

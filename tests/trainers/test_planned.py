@@ -10,6 +10,7 @@ import torch
 from tests.trainers.tiny import tiny_job
 from trainers import machine as machine_module
 from trainers import memory_plan, preflight
+from trainers.device import Hardware
 from trainers.errors import JobError
 from trainers.job import Job
 from trainers.machine import Machine, card_of
@@ -24,6 +25,7 @@ def job(tmp_path: Path) -> Job:
 
 def _with_card(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     monkeypatch.setattr(preflight, "pick_device", lambda job: torch.device("cuda"))
+    monkeypatch.setattr(Hardware, "of", lambda device: Hardware.cuda(machine.name, machine.bf16))
     monkeypatch.setattr(machine_module, "empty_card", lambda device: machine)
 
 

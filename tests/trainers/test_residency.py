@@ -8,7 +8,7 @@ import pytest
 import tiny_families
 import torch
 from adversary import Adversary
-from tiny_families import TINY, of_every_variant, tiny_job_of
+from tiny_families import TINY, of_every_kind_of_block, tiny_job_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainers import residency as residency_module
@@ -64,7 +64,7 @@ def gradients(training: Training, steps: int = 2) -> list[torch.Tensor]:
     return [parameter.grad for parameter in learner.parameters]
 
 
-@of_every_variant
+@of_every_kind_of_block
 def test_offloaded_gradients_are_resident_gradients_bit_for_bit(tmp_path, deeper, monkeypatch, family, variant):
     """All blocks through two slots, then one block resident and the rest through two; copies are as late as they may be."""
     wanted = gradients(opened(tmp_path / "resident", family, variant))
@@ -89,7 +89,7 @@ def test_offloaded_gradients_are_resident_gradients_bit_for_bit(tmp_path, deeper
     residency.leave()
 
 
-@of_every_variant
+@of_every_kind_of_block
 def test_what_a_block_ends_with_is_not_computed_again(tmp_path, monkeypatch, family, variant):
     """The products alone: what is trained beside them is the same bits."""
     found, flops = [], []

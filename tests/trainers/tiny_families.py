@@ -261,6 +261,17 @@ def variant_cases() -> list[Any]:
 
 of_every_variant = pytest.mark.parametrize(("family", "variant"), variant_cases())
 
+BLOCKS = ("wan2.1-t2v-1.3b", "wan2.1-i2v-14b", "wan2.2-ti2v-5b", "ltxv-2b-0.9.5", "hunyuan-t2v", "hunyuan-i2v-v2", "mochi-1-preview")
+"""Variants that have every kind of block between them, and every kind of input of one; the others differ outside their blocks."""
+of_every_kind_of_block = pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        pytest.param(family, variant, id=variant.id, marks=[] if variant.id in BLOCKS else [pytest.mark.slow])
+        for family in families().values()
+        for variant in family.variants
+    ],
+)
+
 
 def class_defaults(family: Family) -> Config:
     """The arguments of the family's diffusers class, as they are when nothing is said."""

@@ -127,7 +127,7 @@ def _bar(status: RunStatus, room: int) -> str:
 def _news(event: Record) -> str:
     """A line for an event that is worth one; the last event is told by the outcome."""
     name = event.get("event")
-    if name in ("queued", "memory", "warning"):
+    if name in ("queued", "memory", "precision", "warning"):
         return str(event.get("message", ""))
     if name == "checkpoint":
         return f"checkpoint at step {event.get('step')}"

@@ -27,6 +27,7 @@ from ..family import (
     LatentSpec,
     LoraTargets,
     ModelInput,
+    PrecisionName,
     Sampling,
     TextBatch,
     TextFolder,
@@ -119,6 +120,7 @@ class Hunyuan:
         ),
     )
     blocks: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
+    precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = None
 

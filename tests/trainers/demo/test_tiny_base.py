@@ -15,7 +15,11 @@ ASSETS = pretrain.ASSETS
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    """The weights that come with the package were made with one; other tests keep the number they were started with."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_a_few_text_rows_stand_for_512() -> None:

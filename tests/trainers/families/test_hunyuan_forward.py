@@ -130,7 +130,8 @@ def test_predict_is_the_transformer_of_diffusers(variant: str) -> None:
         captions.pooled_BD,
         torch.tensor([6000.0, 6000.0]) if theirs.config.guidance_embeds else None,
     ).sample
-    assert torch.equal(FAMILY.predict(built(variant), given, captions), expected)
+    ours = built(variant).requires_grad_(False)  # as theirs: for weights to train, a Linear's bits differ on CPUs without AVX2
+    assert torch.equal(FAMILY.predict(ours, given, captions), expected)
 
 
 def test_the_guidance_modulates_the_first_frame_of_v2() -> None:

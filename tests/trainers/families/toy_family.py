@@ -21,6 +21,7 @@ from ..family import (
     LatentSpec,
     LoraTargets,
     ModelInput,
+    PrecisionName,
     Sampling,
     TextBatch,
     TextFolder,
@@ -102,6 +103,7 @@ class Toy:
     lora_keys = KEYS
     targets = LoraTargets(attention=(r"^blocks\.\d+\.to_([qkv]|out)$",), feed_forward=())
     blocks: tuple[str, ...] = ("blocks",)
+    precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = ()
     control = None
 
