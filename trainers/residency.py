@@ -119,13 +119,15 @@ class Residency:
         self._entered = True
         placement, kept, weights, copies = self.placement, self.arrangement, self._host.weights, self._host.copies
         resident = [self._layouts[index] for index in sorted(placement.resident)]
-        found = upload([*resident, *in_runs(tensor for *_, tensor in self._others)], copies, weights)
+        others = in_runs(tensor for *_, tensor in self._others)
+        had_buffers = weights.idle_buffers > 0
+        found = upload([*resident, *others], copies, weights, max(self.block_bytes, default=0))
         for layout, tensors in zip(resident, found, strict=False):
             bind(layout.by_linear(tensors))
         _hold(self._others, chain.from_iterable(found[len(resident) :]))
-        if not placement.streamed:
-            weights.close_idle()  # nothing comes by them until the next transformer does
-        else:
+        if not placement.streamed and not had_buffers:
+            weights.close_idle()  # those that this took: nothing comes by them any more
+        if placement.streamed:
             self._blocks.stream = Stream(self._layouts, placement, kept.host, copies, self._device, weights, kept.most_pinned_bytes)
 
     def leave(self) -> None:

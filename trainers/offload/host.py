@@ -66,6 +66,10 @@ class HostWeights:
         else:
             self._idle.append(buffer)
 
+    @property
+    def idle_buffers(self) -> int:
+        return len(self._idle)
+
     def close_idle(self) -> None:
         """Gives back the memory that nobody uses now."""
         with ExitStack() as closing:
@@ -191,9 +195,10 @@ class Master:
 class Staging:
     """Blocks in the mapped file, gathered by a thread: it waits for the disk and for buffers, the trainer does not."""
 
-    def __init__(self, layouts: Mapping[int, Flat], copies: Copies, weights: HostWeights) -> None:
+    def __init__(self, layouts: Mapping[int, Flat], copies: Copies, weights: HostWeights, least_bytes: int = 0) -> None:
+        """`least_bytes` of each buffer: for whom it is handed on to."""
         self._layouts, self._copies, self._weights = layouts, copies, weights
-        largest = max(layout.nbytes for layout in layouts.values())
+        largest = max(least_bytes, *(layout.nbytes for layout in layouts.values()))
         count = staging_buffers(largest)
         self._free: deque[tuple[Buffer, Any]] = deque()
         with ExitStack() as undo:

@@ -17,16 +17,17 @@ from .layout import Flat, aligned
 _RUN_BYTES = 256 << 20
 
 
-def upload(runs: Sequence[Flat], copies: Copies, weights: HostWeights) -> list[list[torch.Tensor]]:
+def upload(runs: Sequence[Flat], copies: Copies, weights: HostWeights, block_bytes: int) -> list[list[torch.Tensor]]:
     """The tensors of each run on the device. On a GPU a run is one allocation and one copy; elsewhere tensors are copied as they are.
 
-    Returns when the host's part is done. Raises torch.OutOfMemoryError before anything is copied.
+    Returns when the host's part is done. The staging buffers have room for a block of `block_bytes`, so that streamed blocks can take
+    them over. Raises torch.OutOfMemoryError before anything is copied.
     """
     device = weights.memory.device
     if not runs or device.type != "cuda":
         return [[host.to(device) for host in run.hosts] for run in runs]
     targets = [torch.empty(run.nbytes, dtype=torch.uint8, device=device) for run in runs]
-    free, staging = copies.mark(), Staging(dict(enumerate(runs)), copies, weights)
+    free, staging = copies.mark(), Staging(dict(enumerate(runs)), copies, weights, block_bytes)
     try:
         for arrival in [staging.send(index, target, free) for index, target in enumerate(targets)]:
             copies.wait(arrival())
