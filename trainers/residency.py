@@ -119,9 +119,9 @@ class Residency:
         self._entered = True
         placement, kept, weights, copies = self.placement, self.arrangement, self._host.weights, self._host.copies
         resident = [self._layouts[index] for index in sorted(placement.resident)]
-        others = in_runs(tensor for *_, tensor in self._others)
-        had_buffers = weights.idle_buffers > 0
-        found = upload([*resident, *others], copies, weights, max(self.block_bytes, default=0))
+        largest, had_buffers = max(self.block_bytes, default=0), weights.idle_buffers > 0
+        others = in_runs((tensor for *_, tensor in self._others), largest)
+        found = upload([*resident, *others], copies, weights, largest)
         for layout, tensors in zip(resident, found, strict=False):
             bind(layout.by_linear(tensors))
         _hold(self._others, chain.from_iterable(found[len(resident) :]))

@@ -75,7 +75,8 @@ def trained(job: Job, waits: int | None = 1, pinned: bool = True) -> Run:
     """The run of a job, trained to its end in this process.
 
     On the GPU, the host waits `waits` times in each step (None: as often as it likes, for a step that runs out of memory), no copy
-    of a step is pageable (`pinned` False: the system refuses to pin), and after the run nothing is allocated or registered that was not before.
+    of a step is pageable (`pinned` False: the system refuses to pin), and after the run nothing is allocated or registered that was
+    not before.
     """
     forget_accelerate()
     run, before = Run.create(job), in_use()

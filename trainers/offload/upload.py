@@ -14,8 +14,6 @@ from .copies import Copies
 from .host import HostWeights, Staging
 from .layout import Flat, aligned
 
-_RUN_BYTES = 256 << 20
-
 
 def upload(runs: Sequence[Flat], copies: Copies, weights: HostWeights, block_bytes: int) -> list[list[torch.Tensor]]:
     """The tensors of each run on the device. On a GPU a run is one allocation and one copy; elsewhere tensors are copied as they are.
@@ -36,7 +34,7 @@ def upload(runs: Sequence[Flat], copies: Copies, weights: HostWeights, block_byt
     return [run.parts(target) for run, target in zip(runs, targets, strict=True)]
 
 
-def in_runs(tensors: Iterable[torch.Tensor], most_bytes: int = _RUN_BYTES) -> Iterator[Flat]:
+def in_runs(tensors: Iterable[torch.Tensor], most_bytes: int) -> Iterator[Flat]:
     """The tensors in their order, as few runs of at most so many bytes; a larger tensor is a run of its own."""
     together, nbytes = list[torch.Tensor](), 0
     for tensor in tensors:
