@@ -1,6 +1,7 @@
 # make test          environment, format, lint, types, tests (all but those marked slow)
 # make test-all      the same with every test, the slow ones and the whole GPU matrix too
 # make test-cpu      the tests as on another CPU: CPU=default (no AVX2), avx2 or avx512, and THREADS=1 or 2
+# make gpu-matrix    all tests of the simulated GPU, two of them; writes a dated file into tests/benchmarks/results (45 minutes)
 # make test-lowest   the tests with the lowest versions that requirements.txt declares
 # make demo          environment, then the main job on a tiny model: see build/demo/report.html
 # make clean         remove what these made
@@ -37,6 +38,10 @@ test-cpu: WORKERS = $(if $(filter 1,$(THREADS)),2,0)
 test-cpu: $(VENV)/installed
 	$(RUN_TESTS)
 
+gpu-matrix: export SIMULATED_DEVICES = 2
+gpu-matrix: $(VENV)/installed
+	$(GPU_TESTS) -n $(WORKERS) -p simulated_gpu.result --result tests/benchmarks/results/$$(date +%F)-gpu-matrix-2-cores.json
+
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python -m pytest -n 2
 
@@ -60,4 +65,4 @@ $(LOWEST)/installed: requirements-lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lowest.txt
 	touch $@
 
-.PHONY: test test-all test-cpu test-lowest demo clean
+.PHONY: test test-all test-cpu gpu-matrix test-lowest demo clean

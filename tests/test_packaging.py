@@ -74,8 +74,13 @@ def test_the_patterns_find_what_they_are_for():
 
 
 def test_one_process_is_started_with_nothing_that_a_user_wrote(code):
-    """The arguments are constants, this Python, the worker's path and the run's folder, which the pack itself names."""
-    assert code["trainers/launch.py"].count("subprocess.Popen(") == 2, "one for each system"
+    """The arguments are constants, this Python, the worker's path and the run's folder, which the pack itself names.
+
+    `check` starts helpers of its own lines in a folder of its own, and asks nvidia-smi.
+    """
+    assert code["trainers/launch.py"].count("subprocess.Popen(") == code["trainers/launch.py"].count("subprocess.check_output(") == 1
+    users = {name for name, text in code.items() if re.search(r"\b(start_apart|answer_of|helper_command)\(", text)}
+    assert users == {"trainers/launch.py", "trainers/selftest/file_checks.py", "trainers/selftest/versions.py"}
     assert "[*python, str(WORKER), str(run.folder)]" in code["trainers/launch.py"]
 
 

@@ -45,7 +45,7 @@ def check_attention(job: Job, family: Family | None) -> None:
         return
     if problems := list(_problems(job, name, backend, family)):
         raise JobError(problems)
-    if (missing := _missing(backend)) is not None:
+    if (missing := missing_library(backend)) is not None:
         install = backend.install[0].upper() + backend.install[1:]
         raise MissingPackage(f'speed.attention is {name!r}; its package must work here ({missing}). {install}, or use "auto".')
 
@@ -83,7 +83,7 @@ def masks_captions(family: Family) -> bool:
     return family.collate_text(records, torch.device("cpu"), torch.float32).mask_BL is not None
 
 
-def _missing(backend: Backend) -> str | None:
+def missing_library(backend: Backend) -> str | None:
     """What diffusers says of a library that it cannot use; None when it can."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 

@@ -22,7 +22,8 @@ from .live_bytes import LiveBytes
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a card computes with. `accumulates` is how many of the three gradients of attention have a float32 copy meanwhile.
+    """What a card computes with. `accumulates` is how many of the three gradients of attention have a float32 copy meanwhile,
+    unless they are float32 themselves.
 
     `fused_norm`: RMS norm is one kernel (PyTorch 2.9 and later).
     """
@@ -91,10 +92,17 @@ class _Attention(torch.autograd.Function):
         query_BHND, key_BHMD, value_BHMD, _, logsumexp_BHN, _ = ctx.saved_tensors
         inputs = query_BHND, key_BHMD, value_BHMD
         gradients = [torch.empty_like(tensor) for tensor in inputs]
-        _meanwhile = [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in inputs[: ctx.kernels.accumulates]]
+        accumulated = inputs[: ctx.kernels.accumulates] if query_BHND.dtype != torch.float32 else ()
+        _meanwhile = [_tiled(tensor) for tensor in accumulated]
         _meanwhile.append(torch.empty_like(logsumexp_BHN))
         ctx.counter.attention_flops += 2.5 * _forward_flops(query_BHND, key_BHMD)
         return *gradients, None, None, None
+
+
+def _tiled(rows_BHND: torch.Tensor) -> torch.Tensor:
+    """As many rows in float32, in whole tiles: 128 rows of a multiple of 32 numbers."""
+    *sizes, rows, width = rows_BHND.shape
+    return rows_BHND.new_empty(*sizes, -(-rows // 128) * 128, -(-width // 32) * 32, dtype=torch.float32)
 
 
 def _forward_flops(query_BHND: torch.Tensor, key_BHMD: torch.Tensor) -> float:

@@ -5,10 +5,11 @@ Shape suffixes: C channels, F latent frames, H and W latent height and width.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .load import load_transformer
 from .lora_keys import listed
 from .machine import Machine, this_machine
 from .memory_plan import MemoryPlan, choose, too_large
-from .memory_trace import ModelBytes, StepShape, StepTrace, Tracer
+from .memory_trace import ModelBytes, StepShape, StepTrace, Tracer, Traces
 from .method import method_of
 from .offload.arrangement import Arrangement
 from .offload.chunks import whole_only
@@ -85,8 +86,25 @@ def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: M
     transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams, quantise=job.memory.quantise)
     check_chunks(job, transformer, detection.family)
     limit_attention(machine)
-    add = partial(method.inject, device=_META)
-    return Tracer(detection.family, detection.variant, transformer, add, dtype, kernels=_kernels(machine), accumulation=job.accumulation)
+    add, kernels = partial(method.inject, device=_META), _kernels(machine)
+    known = _traces_of(_identity(job, checkpoint, detection, dtype, machine))
+    both = (detection.family, detection.variant)
+    return Tracer(*both, transformer, add, dtype, kernels=kernels, accumulation=job.accumulation, known=known)
+
+
+@lru_cache(maxsize=4)
+def _traces_of(identity: str) -> Traces:
+    """Kept while the process lives: a run's start plans twice, on an empty GPU and on what is free, and tracing takes the time."""
+    return Traces()
+
+
+def _identity(job: Job, checkpoint: Checkpoint, detection: Detection, dtype: torch.dtype, machine: Machine) -> str:
+    """All that a step's trace depends on besides the batch and the arrangement."""
+    stored = sorted((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in checkpoint.tensors.items())
+    trained = (job.method, job.lora, job.optimizer.kind, job.memory.quantise, job.accumulation)
+    model = (detection.family.id, detection.variant, sorted(detection.config.items()), checkpoint.quantisation, stored)
+    on = (machine.device, _kernels(machine), machine.kernel_time_limit and machine.flops_rate)
+    return hashlib.sha256(repr((model, trained, dtype, on)).encode()).hexdigest()
 
 
 def check_chunks(job: Job, transformer: nn.Module, family: Family) -> None:

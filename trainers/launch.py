@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,20 @@ def _command(run: Run) -> list[str]:
 
 
 def _start(run: Run) -> subprocess.Popen[bytes]:
-    with run.log_file.open("ab") as log:
+    return start_apart(_command(run), run.folder, run.log_file)
+
+
+def start_apart(command: Sequence[str], folder: Path, log_file: Path) -> subprocess.Popen[bytes]:
+    """Starts a process in a folder that lives on when its starter ends. What it prints is appended to a file."""
+    with log_file.open("ab") as log:
         for options in _apart_from_its_starter():
             try:
                 return subprocess.Popen(
-                    _command(run),
+                    command,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    cwd=run.folder,
+                    cwd=folder,
                     env=environment_of_worker(),
                     close_fds=True,
                     **options,
@@ -88,3 +94,22 @@ def _apart_from_its_starter() -> list[dict[str, Any]]:
     # ComfyUI Desktop may keep its processes in a job object, which ends all of them with it; some jobs let none leave, and
     # then access is denied.
     return [{"creationflags": flags | subprocess.CREATE_BREAKAWAY_FROM_JOB}, {"creationflags": flags}]
+
+
+def helper_command(program: str, argument: str) -> list[str]:
+    """What runs a few lines of Python that may import `trainers`, with one argument (`sys.argv[1]`)."""
+    root = str(WORKER.parents[1])
+    return [sys.executable, "-X", "utf8", "-c", f"import sys\nsys.path.insert(0, {root!r})\n{program}", argument]
+
+
+def answer_of(command: Sequence[str], patience_seconds: float) -> str:
+    """What another program prints; empty when it is not there, fails or takes too long."""
+    flags = 0
+    if sys.platform == "win32":
+        flags = subprocess.CREATE_NO_WINDOW
+    try:
+        return subprocess.check_output(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, timeout=patience_seconds, creationflags=flags
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeError):
+        return ""

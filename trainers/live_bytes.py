@@ -17,12 +17,25 @@ from torch.utils.flop_counter import flop_registry
 _aten: Any = torch.ops.aten
 
 
+ROUNDED_TO_BYTES = 512
+"""PyTorch's allocator for CUDA gives, and counts, multiples of this (`kMinBlockSize` in CUDACachingAllocator.h)."""
+
+
+def allocated_bytes(tensor: torch.Tensor) -> int:
+    """What the allocator counts for a tensor with memory of its own."""
+    return rounded(tensor.numel() * tensor.itemsize)
+
+
+def rounded(byte_count: int) -> int:
+    return -(-byte_count // ROUNDED_TO_BYTES) * ROUNDED_TO_BYTES
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages made on devices of a type while it is entered, from their making until nothing refers to them.
 
-    `live` and `peak` are bytes. What was there before does not count: name it in `known`. What an operator takes for itself
-    and gives back before it returns is not seen. `flops` are those of matrix products (two for each multiply-add),
-    `moved_bytes` what all other operators read and write.
+    `live` and `peak` are bytes, each storage's rounded as the allocator does. What was there before does not count: name it in
+    `known`. What an operator takes for itself and gives back before it returns is not seen. `flops` are those of matrix products
+    (two for each multiply-add), `moved_bytes` what all other operators read and write.
     """
 
     def __init__(self, device_type: str, known: Iterable[torch.Tensor] = ()) -> None:
@@ -57,7 +70,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         if storage._cdata in self._sizes:
             return False
-        self._enter(storage, storage.nbytes())
+        self._enter(storage, rounded(storage.nbytes()))
         return True
 
     def _enter(self, storage: torch.UntypedStorage, size: int) -> None:

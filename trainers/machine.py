@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .errors import JobError, Problem
-from .measurements import Measurements
+from .measurements import Measurements, device_key
 from .memory_limits import (
     LINUX_KEPT_WITH_SWAP_BYTES,
     context_headroom,
@@ -139,7 +139,8 @@ def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = N
     `base`: the model's file.
     """
     ram = available_ram()
-    rates = rates_of(device, dtype, base, Measurements(runs_folder))
+    kept = Measurements(runs_folder)
+    rates = rates_of(device, dtype, base, kept)
     if device.type == "cuda":
         free, total = free_after_warm_up(device, dtype)
         capability = torch.cuda.get_device_capability(device)
@@ -162,9 +163,16 @@ def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = N
         turing=not bf16,
         kernel_time_limit=device.type == "cuda" and has_kernel_time_limit(device),
         measured=rates.measured,
-        pinnable_bytes=pinnable_here(device, ram),
+        pinnable_bytes=_pinnable(device, ram, kept),
         headroom_bytes=context_headroom(free) if device.type == "cuda" else 0,
     )
+
+
+def _pinnable(device: torch.device, ram_bytes: int, kept: Measurements) -> int | None:
+    """What may be pinned here: no more than where `check` was refused, if it was."""
+    found = pinnable_here(device, ram_bytes)
+    refused = kept.rates("devices", device_key(device)).get("pinnable")
+    return found if found is None or refused is None else min(found, int(refused))
 
 
 def empty_card(device: torch.device) -> Machine:

@@ -41,8 +41,19 @@ UNPINNED_SHARE = 0.25
 CHUNKS = (1, 2, 4, 8)
 
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw_kahan": 6.0, "prodigy": 16.0}
-"""Of an optimizer's state for each trained number: two float32; two of 8 bits with a scale for 256; three bf16; four float32."""
+_UPDATE = {"adamw": 1, "adamw8bit": 1, "adamw_kahan": 2, "prodigy": 1}
+"""What moving the weights takes, in the bytes of all of them: their gradients; optimi's foreach functions as much again."""
+
+
+def optimizer_bytes(kind: str, numbers: int, byte_count: int) -> int:
+    """What an optimizer's state takes for trained numbers that take `byte_count` themselves; those in bf16 and float32 may be mixed.
+
+    adamw keeps two numbers more of their dtype, prodigy four; adamw8bit two of 8 bits with a scale for each 256 of them. adamw_kahan
+    keeps two, and for a number in bf16 a third.
+    """
+    in_bf16 = max(4 * numbers - byte_count, 0) // 2
+    found = {"adamw": 2 * byte_count, "adamw8bit": int(2.1 * numbers), "adamw_kahan": 2 * (byte_count + in_bf16), "prodigy": 4 * byte_count}
+    return found[kind]
 
 
 class Traced(Protocol):
@@ -209,15 +220,16 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
     forward, backward = (_seconds(work, machine) for work in (step.forward, step.backward))
     side_by_side = max(forward, way, inputs) + max(backward, way + inputs)
     one_pass = forward + backward + 2 * way + inputs if placement.slots == 1 else side_by_side
-    updated = model.parameters * (16 + 2 * OPTIMIZER_BYTES[job.optimizer.kind]) / machine.memory_rate
+    state = optimizer_bytes(job.optimizer.kind, model.parameters, model.parameter_bytes)
+    updated = (16 * model.parameters + 2 * state) / machine.memory_rate
     read_anew = placement.device_bytes + model.beside + pinned_bytes
     change = read_anew / from_file / job.experts.turn_steps if model.trained > 1 else 0.0
     return Price(
         arrangement,
         placement,
         weights_bytes=placement.device_bytes + model.beside,
-        trained_bytes=int(model.trained * (model.parameter_bytes + model.parameters * OPTIMIZER_BYTES[job.optimizer.kind])),
-        step_bytes=max(step.peak_bytes, 2 * model.parameter_bytes),
+        trained_bytes=model.trained * (model.parameter_bytes + state),
+        step_bytes=max(step.peak_bytes, _UPDATE[job.optimizer.kind] * model.parameter_bytes),
         host_bytes=host,
         compute_seconds=forward + backward,
         copy_seconds=2 * way + 2 * inputs,

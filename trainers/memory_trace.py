@@ -1,8 +1,8 @@
 """What a training step takes of its device, found by running it: the real model, batch, loss and backward pass on the meta device.
 
 No family is described here a second time. The transformer is loaded without its tensors' values, gets its LoRA, and answers for
-the largest batch of the job while every storage is counted from its making to its end. What of a card this does not show: what
-kernels allocate for themselves (cuBLAS, cuDNN), rounding and fragmentation of the caching allocator. `memory_plan` reserves for these.
+the largest batch of the job while every storage is counted from its making to its end. What of a GPU this does not show: what
+kernels allocate for themselves (cuBLAS, cuDNN), and fragmentation of the caching allocator. `memory_plan` reserves for these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from .batches import Batch
 from .card_kernels import AMPERE, Kernels, imitated
 from .family import Conditions, Family, TextRecord, Variant
-from .live_bytes import LiveBytes
+from .live_bytes import LiveBytes, allocated_bytes
 from .offload.activations import Arena
 from .offload.arrangement import Arrangement
 from .offload.blocks import Blocks
@@ -84,7 +84,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What a forward and a backward pass take beside weights, LoRA and batch, gradients included.
+    """What a forward and a backward pass take beside weights and LoRA, their batch and the gradients included.
 
     `peak_bytes` is the most at any moment. `inputs_bytes` are the inputs of all blocks, which are kept with checkpointing (on the
     device, as a part of the peak, or on the host).
@@ -126,6 +126,14 @@ class ModelBytes:
     trained: int = 1
 
 
+@dataclass(frozen=True)
+class Traces:
+    """What a Tracer found, by batch and arrangement."""
+
+    steps: dict[str, StepTrace] = field(default_factory=dict)
+    sampled: dict[str, int] = field(default_factory=dict)
+
+
 class Tracer:
     """One transformer with its LoRA on the meta device, asked again and again.
 
@@ -144,17 +152,19 @@ class Tracer:
         kernels: Kernels = AMPERE,
         accumulation: int = 1,
         whole: bool = False,
+        known: Traces | None = None,
     ) -> None:
         """`transformer` lies on the meta device, frozen, its Linears as they will be kept; `inject` makes what is trained of it.
 
-        `dtype` is what it computes in; with `accumulation`, gradients of an earlier pass are there already.
+        `dtype` is what it computes in; with `accumulation`, gradients of an earlier pass are there already. `known`: results of
+        an earlier tracer of the very same, added to.
         """
         self._family, self._variant, self._transformer, self._dtype = family, variant, transformer.train(), dtype
         self._kernels, self._accumulation = kernels, accumulation
         self._lists = {name: list(transformer.get_submodule(name).children()) for name in family.blocks}
         self._whole = whole
-        self._known: dict[str, StepTrace] = {}
-        self._sampled: dict[str, int] = {}
+        known = known or Traces()
+        self._known, self._sampled = known.steps, known.sampled
         self.model = self._model(inject)
 
     def step(self, shape: StepShape, arrangement: Arrangement) -> StepTrace:
@@ -208,10 +218,10 @@ class Tracer:
         inject(self._transformer)
         rest_at_ends(self._transformer, modules, self._family.chunked)
         trained = list(_trained(self._transformer))
-        frozen = sum(map(_bytes, _frozen(self._transformer)))
+        frozen = sum(map(allocated_bytes, _frozen(self._transformer)))
         adapters = sum("lora_A" in name for name, _ in self._transformer.named_parameters())
         numbers = sum(parameter.numel() for parameter in trained)
-        return ModelBytes(blocks, weights, frozen - sum(blocks), adapters, numbers, sum(map(_bytes, trained)))
+        return ModelBytes(blocks, weights, frozen - sum(blocks), adapters, numbers, sum(map(allocated_bytes, trained)))
 
 
 _FEW, _FEW_WITH_ARENA = 2, 5
@@ -248,9 +258,10 @@ def trace_step(
         before = Work(counter.flops, counter.attention_flops, counter.moved_bytes)
         loss.backward()  # type: ignore[no-untyped-call]
     after = Work(counter.flops, counter.attention_flops, counter.moved_bytes)
-    gradients = sum(_bytes(parameter) for parameter in trained) if accumulation > 1 else 0
+    there = [*_tensors_of(batch), *(trained if accumulation > 1 else ())]  # the second ones stand for gradients
     _set_gradients(trained, False)
-    return StepTrace(counter.peak + gradients, inputs.total() if arrangement.checkpointing else 0, before, after.plus(before, -1))
+    peak = counter.peak + sum(map(allocated_bytes, there))
+    return StepTrace(peak, inputs.total() if arrangement.checkpointing else 0, before, after.plus(before, -1))
 
 
 def trace_sampling(
@@ -375,7 +386,3 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield from chain.from_iterable(map(_tensors_in, value))
     elif isinstance(value, Mapping):
         yield from chain.from_iterable(map(_tensors_in, value.values()))
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.itemsize

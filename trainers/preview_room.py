@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from .offload.arrangement import Arrangement
-from .residency import tighter
-from .room import give_back, until_it_fits
+from .residency import Residency, tighter
+from .room import give_back, kept_by, until_it_fits
+from .shortage import Shortages
 
 if TYPE_CHECKING:
     from .training import Training
@@ -25,42 +26,50 @@ class NoRoomError(Exception):
     """The least that there is does not fit; the message says what that was."""
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How previews are made: how blocks are kept while one is sampled (None: as in training), and which way to decode."""
+
+    arrangement: Arrangement | None = None
+    decoding: int = 0
+
+
 @dataclass
 class PreviewRoom:
     """How the previews of a training get room. `tiles` are the sides of the tiles that decoding may come to, in pixels."""
 
     training: Training
     tiles: tuple[int, ...]
-    _ways: list[tuple[bool, int | None]] = field(init=False)
-    """What is left to decode with, the present way first: whether the transformer's weights stay, and the side of the tiles."""
-    _arrangement: Arrangement | None = None
-    """How blocks are kept while a preview is sampled; None: as in training."""
+    _way: _Way = _Way()
+    _shortages: Shortages[_Way] = field(default_factory=Shortages)
 
-    def __post_init__(self) -> None:
-        self._ways = [(True, None), (False, None), *((False, side) for side in self.tiles)]
+    @property
+    def _decodings(self) -> list[tuple[bool, int | None]]:
+        """Ways to decode, the one that takes most first: whether the transformer's weights stay, and the side of the tiles."""
+        return [(True, None), (False, None), *((False, side) for side in self.tiles)]
 
     @property
     def tile_pixels(self) -> int | None:
         """The side of the tiles that videos are decoded in; None: whole."""
-        return self._ways[0][1]
+        return self._decodings[self._way.decoding][1]
 
     def sampled(self, sample: Callable[[], Result]) -> Result:
         """What `sample` returns, with less of the transformer on the device as long as that is full.
 
         Raises NoRoomError when the least does not fit.
         """
-        usual, known = self.training.learners[0].residency.arrangement, self._arrangement
-        if known:
-            self._keep(known)
+        self._go_back()
+        usual, known = self._residency.arrangement, self._way.arrangement
         try:
-            found = until_it_fits(sample, self._sample_with_less)
-            if self._arrangement is not known:
+            if known:
+                self._keep(known)
+            found = until_it_fits(sample, lambda: self._sample_with_less(usual))
+            if self._way.arrangement not in (known, None):
                 self._tell()
             return found
         finally:
-            if self._arrangement:
+            if self._residency.arrangement != usual:
                 self._keep(usual)
-                self._ways = [way for way in self._ways if not way[0]]
 
     def decoded(self, decode: Callable[[int | None], Result]) -> Result:
         """What `decode` returns for the side of the tiles (None: whole), with the transformer or without it on the device.
@@ -69,42 +78,61 @@ class PreviewRoom:
         """
         return until_it_fits(lambda: self._decode(decode), self._decode_with_less)
 
+    @property
+    def _residency(self) -> Residency:
+        return self.training.learners[0].residency
+
+    def _go_back(self) -> None:
+        """Tries again what previews used before the GPU was full, once, after enough steps."""
+        if before := self._shortages.again(self._way, self.training.step):
+            self._way = before
+            message = "previews are made with as much of the GPU's memory again as before it was full"
+            self.training.run.event("sample", step=self.training.step, files=[], message=message)
+
     def _keep(self, arrangement: Arrangement) -> None:
         """Blocks come as `arrangement` says when they are asked for; until then they take nothing of the device."""
         self.training.make_way()
         self.training.rearrange(arrangement)
         give_back(self.training.device)
 
-    def _sample_with_less(self) -> None:
-        training = self.training
-        residency = training.learners[0].residency
-        kept = replace(residency.arrangement, checkpointing=True, activations="host")  # inputs of blocks: sampling keeps none
-        less = tighter(kept, residency.block_bytes, training.method.can_stream)
+    def _sample_with_less(self, usual: Arrangement) -> None:
+        less = self._shortages.less(self._way, self._tighter, self.training.step)
         if less is None:
             raise NoRoomError("not even with as few blocks on the device as there can be")
-        self._arrangement = less
-        self._keep(less)
+        self._way = less
+        self._keep(less.arrangement or usual)
+
+    def _tighter(self, now: _Way) -> _Way | None:
+        """Fewer weights, or parts. Inputs of blocks do not count: sampling keeps none."""
+        residency = self._residency
+        kept = replace(residency.arrangement, checkpointing=True, activations="host")
+        less = tighter(kept, residency.block_bytes, self.training.method.can_stream, kept_by(self.training.job))
+        return _Way(less, max(now.decoding, 1)) if less else None
 
     def _tell(self) -> None:
-        training = self.training
-        residency = training.learners[0].residency
+        training, residency = self.training, self._residency
         blocks = f"{len(residency.placement.resident)} of {len(residency.block_bytes)} blocks stay on the device"
         parts = f", all but attention runs in {residency.arrangement.chunks} parts" if residency.arrangement.chunks > 1 else ""
         message = f"the device was full: while previews are sampled {blocks}{parts}; training keeps them as before"
         training.run.event("sample", step=training.step, files=[], message=message)
 
     def _decode(self, decode: Callable[[int | None], Result]) -> Result:
-        beside, side = self._ways[0]
+        beside, side = self._decodings[self._way.decoding]
         if not beside:
             self.training.make_way()
             give_back(self.training.device)
         return decode(side)
 
     def _decode_with_less(self) -> None:
-        if not self._ways[1:]:
+        less = self._shortages.less(self._way, self._next_decoding, self.training.step)
+        if less is None:
             side = self.tile_pixels
             raise NoRoomError(
                 f"not even without the transformer and in tiles of {side} pixels" if side else "not even without the transformer"
             )
-        del self._ways[0]
+        self._way = less
         give_back(self.training.device)
+
+    def _next_decoding(self, now: _Way) -> _Way | None:
+        following = now.decoding + 1
+        return replace(now, decoding=following) if following < len(self._decodings) else None

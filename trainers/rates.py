@@ -52,7 +52,7 @@ def rates_of(device: torch.device, dtype: torch.dtype, base: Path | None = None,
     It takes a second the first time, and no time later.
     """
     kept = kept or Measurements(None)
-    flops, key = f"{_name(dtype)}_flops", device_key(device)
+    flops, key = f"{name_of(dtype)}_flops", device_key(device)
     device_rates = kept.rates("devices", key)
     lacking: dict[str, Callable[[], float]] = {
         flops: lambda: flops_rate(device, dtype),
@@ -78,7 +78,7 @@ def rates_of(device: torch.device, dtype: torch.dtype, base: Path | None = None,
 def _file_rates(base: Path | None, kept: Measurements) -> tuple[float | None, float | None]:
     """Rates of copying from a mapped file and of reading the drive; None where it cannot be measured."""
     host = kept.rates("hosts", host_key()).get("host_copy")
-    file = None if base is None else _large_file(base)
+    file = None if base is None else large_file(base)
     if file is None:
         return host, None
     disk = kept.rates("drives", drive_key(file)).get("read")
@@ -89,7 +89,7 @@ def _file_rates(base: Path | None, kept: Measurements) -> tuple[float | None, fl
     return host, disk
 
 
-def _large_file(base: Path) -> Path | None:
+def large_file(base: Path) -> Path | None:
     """The model's file, or the largest one of its folder; None when there is none that takes long enough to read."""
     try:
         files = [path for path in base.iterdir() if path.is_file()] if base.is_dir() else [base]
@@ -209,5 +209,5 @@ def finish(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

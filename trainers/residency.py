@@ -93,6 +93,8 @@ class Residency:
         if arrangement.compile:
             self._blocks.run_with([compiled(block) for block in self._modules])
         self._entered = False
+        self.is_whole = True
+        """False after an `enter` that failed half way, until the next one."""
         self.arrangement = arrangement
         self._apply()
 
@@ -116,7 +118,7 @@ class Residency:
 
     def enter(self) -> None:
         """Copies to the device what stays there, and makes the ring for the rest."""
-        self._entered = True
+        self._entered, self.is_whole = True, False
         placement, kept, weights, copies = self.placement, self.arrangement, self._host.weights, self._host.copies
         resident = [self._layouts[index] for index in sorted(placement.resident)]
         largest, had_buffers = max(self.block_bytes, default=0), weights.idle_buffers > 0
@@ -129,6 +131,7 @@ class Residency:
             weights.close_idle()  # those that this took: nothing comes by them any more
         if placement.streamed:
             self._blocks.stream = Stream(self._layouts, placement, kept.host, copies, self._device, weights, kept.most_pinned_bytes)
+        self.is_whole = True
 
     def leave(self) -> None:
         """Gives the device's memory back."""
@@ -165,20 +168,31 @@ class Residency:
         self._blocks.arena = self._host.arena if wanted.activations == "host" else None
 
 
-def tighter(arrangement: Arrangement, block_bytes: list[int], can_stream: bool = True) -> Arrangement | None:
+def tighter(
+    arrangement: Arrangement, block_bytes: list[int], can_stream: bool = True, kept: frozenset[str] = frozenset()
+) -> Arrangement | None:
     """An arrangement that takes less of the device, by what costs the least time; None: there is none.
 
-    First the inputs of blocks go to the host, then a tenth of the weights at a time, then the sequence is cut.
+    Fields in `kept` change only when no other can.
     """
+    found = dict(_less_by_field(arrangement, block_bytes, can_stream))
+    return next((less for field, less in found.items() if field not in kept), next(iter(found.values()), None))
+
+
+def _less_by_field(arrangement: Arrangement, block_bytes: list[int], can_stream: bool) -> Iterator[tuple[str, Arrangement]]:
+    """First the inputs of blocks go to the host, then a tenth of the weights at a time, then the sequence is cut."""
     if not arrangement.checkpointing:
-        return replace(arrangement, checkpointing=True)
+        yield "checkpointing", replace(arrangement, checkpointing=True)
+        return
     if arrangement.activations == "device":
-        return replace(arrangement, activations="host")
+        yield "activations", replace(arrangement, activations="host")
     placement = place(block_bytes, arrangement.weights_bytes)
     smallest = place(block_bytes, 0).device_bytes
     if can_stream and placement.device_bytes > smallest:
-        return replace(arrangement, weights_bytes=max(placement.device_bytes - max(sum(block_bytes) // 10, max(block_bytes)), smallest))
-    return replace(arrangement, chunks=2 * arrangement.chunks) if arrangement.chunks < MOST_CHUNKS else None
+        less = max(placement.device_bytes - max(sum(block_bytes) // 10, max(block_bytes)), smallest)
+        yield "weights_bytes", replace(arrangement, weights_bytes=less)
+    if arrangement.chunks < MOST_CHUNKS:
+        yield "chunks", replace(arrangement, chunks=2 * arrangement.chunks)
 
 
 MOST_CHUNKS = 16

@@ -6,25 +6,30 @@ gradients. The optimizer's step comes after them, and is not repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from .data.order import MicroBatch
-from .errors import RunError
+from .errors import Problem, RunError
 from .family import IMAGE_TEXT
 from .flow import derived_seed
+from .job import Job
 from .job_memory import largest_size
-from .memory_plan import OPTIMIZER_BYTES
+from .lora_keys import listed
+from .memory_plan import optimizer_bytes
 from .memory_report import reasons
 from .offload.arrangement import Arrangement
 from .offload.placement import place
 from .predict import batch_loss
 from .residency import tighter
+from .shortage import GOOD_STEPS
 
 if TYPE_CHECKING:
     from .data.cache import Cache
@@ -35,6 +40,9 @@ Result = TypeVar("Result")
 _GIB = 2**30
 _MARGIN = 0.03
 """Of the budget: what is left free after the probe, for longer captions and the allocator's changing fragments."""
+
+MOST_WAITS = 60
+FIRST_WAIT_SECONDS = 0.5
 
 _LOOKED_AT = 1000
 """Clips whose captions are measured: the data set may have many thousands."""
@@ -55,13 +63,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(told in str(error) for told in _TOLD_BY_LIBRARIES)
 
 
+@contextmanager
+def saying_what_is_full(device: torch.device) -> Iterator[None]:
+    """While a model is loaded: nothing of it can be taken back then, so an error of a full device becomes a RunError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+        value = f"out of memory on {device} while the model was loaded ({free / _GIB:.1f} of {total / _GIB:.1f} GiB are free)"
+        rule = "what is free when a run is planned must stay free until it is loaded"
+        remedy = "Close other programs that use the GPU, or set a smaller memory.vram_gib, and start the run again; nothing was lost."
+        raise RunError(str(Problem(value, rule, remedy))) from error
+
+
 def with_room(training: Training, work: Callable[[], Result]) -> Result:
     """What `work` returns: done again, with less of the model on the device, as often as the device has no room for it.
 
     `work` must leave nothing behind when it is broken off but gradients, which are dropped. Raises RunError when the least
     there is does not fit.
     """
-    return until_it_fits(work, lambda: _make_room(training))
+    waits = _waits(training.step)
+    return until_it_fits(work, lambda: _make_room(training, waits))
 
 
 def until_it_fits(work: Callable[[], Result], make_room: Callable[[], None]) -> Result:
@@ -78,19 +102,97 @@ def until_it_fits(work: Callable[[], Result], make_room: Callable[[], None]) -> 
             full = True
 
 
-def _make_room(training: Training) -> None:
+def _make_room(training: Training, waits: Iterator[float]) -> None:
+    """Keeps less on the device; when nothing more can be given up, waits for other programs, and in the end raises RunError."""
     _drop_gradients(training)
-    learner = training.learners[0]
-    arrangement = tighter(learner.residency.arrangement, learner.residency.block_bytes, training.method.can_stream)
+    residency, step = training.learners[0].residency, training.step
+    arrangement = training.shortages.less(
+        residency.arrangement, lambda now: tighter(now, residency.block_bytes, training.method.can_stream, kept_by(training.job)), step
+    )
     if arrangement is None:
+        _wait(training, next(waits, None))
+        return
+    training.rearrange(arrangement)
+    again = f"What was used before is tried again in {GOOD_STEPS} steps" if training.shortages.will_go_back else "It stays so"
+    message = ". ".join([f"the device was full at step {step}: {told(training)}; the step is done again", *_not_kept(training), again])
+    training.run.event("memory", step=step, message=message)
+
+
+def _wait(training: Training, seconds: float | None) -> None:
+    if seconds is None:
         raise RunError(
             f"Out of GPU memory at step {training.step}, and everything that can be offloaded already is. {training.run.what_is_kept()} "
             "Use smaller or shorter clips, a smaller batch_size, memory.quantise, or a larger GPU."
         )
-    training.rearrange(arrangement)
-    training.run.event(
-        "memory", step=training.step, message=f"the device was full at step {training.step}: {told(training)}; the step is done again"
-    )
+    if seconds == FIRST_WAIT_SECONDS:
+        message = "the device is full, and everything that can be offloaded is: waiting for other programs to give memory back"
+        training.run.event("memory", step=training.step, message=message)
+    time.sleep(seconds)
+    if training.resident and not training.resident.residency.is_whole:
+        training.rearrange(training.resident.residency.arrangement)
+
+
+def _waits(step: int) -> Iterator[float]:
+    """Seconds between attempts: half a minute in all before the first step, where a job may be too large, later 9 minutes."""
+    for attempt in range(MOST_WAITS):
+        yield FIRST_WAIT_SECONDS if not step else min(FIRST_WAIT_SECONDS * 1.12**attempt, 15.0)
+
+
+def go_back(training: Training) -> None:
+    """Between two steps: tries again what was used before the GPU was full, with the largest sample, when it is time."""
+    since, now = training.shortages.step, training.learners[0].residency.arrangement
+    before = training.shortages.again(now, training.step)
+    if before is None:
+        return
+    waiting = [before]  # when the GPU is full again, what makes room takes its place
+
+    def attempt() -> None:
+        if waiting:
+            training.rearrange(waiting.pop())
+        _run_largest(training)
+
+    with_room(training, attempt)
+    _drop_gradients(training)
+    if training.learners[0].residency.arrangement == before:
+        cost = _seconds_lost(training, since)
+        training.run.event("memory", step=training.step, message=f"as before step {since}, {told(training)} again{cost}")
+
+
+def _seconds_lost(training: Training, since: int) -> str:
+    """What a step took before and after `since`, in words; nothing where no step was measured."""
+    seconds = {line["step"]: line["seconds"] for line in training.run.read_metrics()}
+    less = [taken for step, taken in seconds.items() if step > since]
+    before = [taken for step, taken in seconds.items() if since - GOOD_STEPS <= step < since]
+    if not (less and before):
+        return ""
+    return f"; with less on the GPU a step took {median(less):.3g} s, before {median(before):.3g} s"
+
+
+def kept_by(job: Job) -> frozenset[str]:
+    """The fields of an arrangement about which the job says something: they are given up last."""
+    memory = job.memory
+    said = {
+        "checkpointing": not job.gradient_checkpointing,
+        "activations": memory.activations != "auto",
+        "weights_bytes": memory.stream == "never",
+        "chunks": memory.chunks is not None,
+    }
+    return frozenset(field for field, given in said.items() if given)
+
+
+def _not_kept(training: Training) -> list[str]:
+    """Which settings of the job are not kept to, as a sentence; none: all are."""
+    job, residency = training.job, training.learners[0].residency
+    now, memory = residency.arrangement, job.memory
+    broken = {
+        "gradient_checkpointing = false": now.checkpointing and not job.gradient_checkpointing,
+        'memory.activations = "device"': now.activations == "host" and memory.activations == "device",
+        'memory.stream = "never"': bool(residency.placement.streamed) and memory.stream == "never",
+        f"memory.chunks = {memory.chunks}": memory.chunks is not None and now.chunks != memory.chunks,
+    }
+    if not (names := [name for name, is_broken in broken.items() if is_broken]):
+        return []
+    return [f"{listed(names)} of the job cannot be kept to, since the rest is used up"]
 
 
 def told(training: Training) -> str:
@@ -163,14 +265,16 @@ def probe(training: Training, budget_bytes: int | None = None, meter: Meter | No
         with_room(training, lambda: training.rearrange(waiting.pop()) if waiting else None)
         training.host.weights.close_idle()
     limit = f" of {budget_bytes / _GIB:.1f}" if budget_bytes is not None else ""
-    training.run.event("memory", step=training.step, message=f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}")
+    message = ". ".join([f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}", *_not_kept(training)])
+    training.run.event("memory", step=training.step, message=message)
 
 
 def unmade_bytes(training: Training) -> int:
     """What optimizers will take that have made no step yet."""
     waiting = [learner for learner in training.trained if not learner.optimizer.state]
-    each = OPTIMIZER_BYTES[training.job.optimizer.kind]
-    return int(each * sum(parameter.numel() for learner in waiting for parameter in learner.parameters))
+    parameters = [parameter for learner in waiting for parameter in learner.parameters]
+    numbers, byte_count = sum(parameter.numel() for parameter in parameters), sum(parameter.nbytes for parameter in parameters)
+    return optimizer_bytes(training.job.optimizer.kind, numbers, byte_count)
 
 
 def _corrected(training: Training, budget_bytes: int, peak_bytes: int) -> Arrangement | None:
@@ -191,8 +295,12 @@ def _corrected(training: Training, budget_bytes: int, peak_bytes: int) -> Arrang
 
 
 def _try_largest(training: Training, meter: Meter) -> None:
-    """With accumulation twice: then the gradients of the pass before are there too."""
     meter.start()
+    _run_largest(training)
+
+
+def _run_largest(training: Training) -> None:
+    """With accumulation twice: then the gradients of the pass before are there too."""
     learner, _ = training.take_turn(max(training.step, 1))
     torch.manual_seed(derived_seed(training.job.seed, "probe"))
     batch = training.samples.batch(max(training.step, 1), largest(training), learner.sigmas).to(training.device)

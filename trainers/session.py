@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def _work(run: Run) -> int:
     run.event("queued")
     try:
         while (outcome := _train(run)) == "paused" and run.requested() is None:
-            pass  # the pause was taken back while the checkpoint was written: go on
+            gc.collect()  # the pause was taken back: go on, without what the first training left in reference cycles on the GPU
     except Exception as error:
         traceback.print_exc()
         run.event("failed", message=_message(error), error=type(error).__name__)

@@ -19,7 +19,7 @@ from .optimizers import learning_rate_factor, set_learning_rate
 from .pace import Pace
 from .predict import batch_loss
 from .previews import Previews
-from .room import is_out_of_memory, probe, with_room
+from .room import go_back, is_out_of_memory, probe, with_room
 from .run import Run
 from .run_status import OUTCOMES, Outcome
 from .training import Learner, Training, check_saved, open_training, save_checkpoint
@@ -52,6 +52,7 @@ def _train(training: Training) -> Outcome:
                 save_checkpoint(training)
             return OUTCOMES[asked]
         training.step += 1
+        go_back(training)
         there = training.resident
         metrics = optimize(training)
         if training.resident is there:  # or the step's time is that of loading weights, too
@@ -85,8 +86,7 @@ def optimize(training: Training) -> dict[str, Any]:
     learning_rate = learner.learning_rate * learning_rate_factor(job.optimizer, turn.step, turn.total_steps)
     set_learning_rate(learner.optimizer, learning_rate)
     loss_sum, sigma_sum = with_room(training, lambda: gradients(training, learner))
-    grad_norm = update(training, learner)
-    loss, sigma, norm = torch.stack([loss_sum, sigma_sum, grad_norm.float()]).tolist()
+    loss, sigma, norm = update(training, learner, loss_sum, sigma_sum).tolist()
     check_finite(training, norm, loss)
     return {
         "epoch": training.samples.order.step(training.step)[-1].epoch,
@@ -113,8 +113,8 @@ def gradients(training: Training, learner: Learner) -> tuple[torch.Tensor, torch
     return loss_sum, sigma_sum
 
 
-def update(training: Training, learner: Learner) -> torch.Tensor:
-    """Moves the learner's parameters by their gradients, which are dropped; the gradients' norm, on the device.
+def update(training: Training, learner: Learner, *measured: torch.Tensor) -> torch.Tensor:
+    """Moves the learner's parameters by their gradients, which are dropped; `measured` and the gradients' norm, on the device.
 
     Raises RunError when the device is full: some parameters may have moved, so this cannot be done again. The probe sees to
     it that there is room.
@@ -123,6 +123,7 @@ def update(training: Training, learner: Learner) -> torch.Tensor:
         grad_norm: torch.Tensor = training.accelerator.clip_grad_norm_(
             learner.parameters, training.job.optimizer.max_grad_norm or float("inf")
         )
+        found = torch.stack([*measured, grad_norm.float()])
         learner.optimizer.step()
     except Exception as error:
         if not is_out_of_memory(error):
@@ -132,7 +133,7 @@ def update(training: Training, learner: Learner) -> torch.Tensor:
             "the GPU and resume the run, or train with a smaller memory.vram_gib or optimizer.kind adamw8bit."
         ) from error
     learner.optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    return found
 
 
 def check_finite(training: Training, grad_norm: float, loss: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,9 @@ from .optimizers import build_optimizer, load_optimizer_state
 from .prefetch import Batches
 from .preflight import check, extended_run
 from .residency import HostSide, Residency
+from .room import saying_what_is_full
 from .run import Run
+from .shortage import Shortages
 from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class Training:
     skipped_steps: int = 0
     """How many of the last steps a loss scaler skipped, one after the other."""
     resident: Learner | None = None
+    shortages: Shortages[Arrangement] = field(default_factory=Shortages)
     unsaved: str = ""
     """Why the files of the latest checkpoint are not there; "" when they are."""
 
@@ -138,10 +141,22 @@ class Training:
 def open_training(run: Run) -> Training:
     """Loads what the run needs, and restores its latest checkpoint, `start.extends` or `start.initial_lora`.
 
-    Raises VideoTrainerError with all that is wrong before anything is loaded.
+    Raises VideoTrainerError with all that is wrong before anything is loaded, and RunError when the GPU is full while the
+    model is loaded. Then nothing is left in use.
     """
+    check(run.job, started=run.latest_checkpoint() is not None)
+    with saying_what_is_full(pick_device(run.job)), ExitStack() as undo:
+        training = _loaded(run)
+        undo.callback(training.close)
+        _restore(training)
+        _start_trackers(training)
+        undo.pop_all()
+    return training
+
+
+def _loaded(run: Run) -> Training:
+    """Everything in memory, at its beginning."""
     job = run.job
-    check(job, started=run.latest_checkpoint() is not None)
     device = pick_device(job)
     base = Checkpoint.open(job.base.transformer)
     detection = detect(base, job.base.variant)
@@ -159,7 +174,7 @@ def open_training(run: Run) -> Training:
     host = HostSide.of(_pinned_memory(run, job, device, plan))
     samples = replace(samples, memory=host.memory)
     learners = tuple(_learner(expert, job, method, accelerator, device, precision.dtype, arrangement, host) for expert in experts)
-    training = Training(
+    return Training(
         run=run,
         job=job,
         accelerator=accelerator,
@@ -176,12 +191,6 @@ def open_training(run: Run) -> Training:
         host=host,
         plan=plan,
     )
-    with ExitStack() as undo:
-        undo.callback(training.close)
-        _restore(training)
-        _start_trackers(training)
-        undo.pop_all()
-    return training
 
 
 def _planned(job: Job, detection: Detection, samples: Samples) -> MemoryPlan | None:

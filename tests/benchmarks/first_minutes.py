@@ -227,7 +227,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _run_part(part: int, options: argparse.Namespace) -> None:
     seconds = PART_SECONDS[part - 1]
     if part == 1:
-        check = [sys.executable, "-m", "trainers", "check", "--device", options.device, "--out", str(options.out / "check.json")]
+        check = [sys.executable, "-m", "trainers", "check", "--device", options.device, "--runs", str(options.out)]
         _limited(check, CHECK_SECONDS)
         seconds -= CHECK_SECONDS
     for round_, names in enumerate(_rounds(part)):

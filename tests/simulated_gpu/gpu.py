@@ -23,6 +23,8 @@ capability = (8, 0)
 name = "Simulated GPU"
 _WARMED = ("bitsandbytes", "peft", "accelerate", "transformers", "diffusers")
 """Look for CUDA libraries when they are imported; done while torch still says it has no CUDA."""
+_WHOLE = ("quantize_4bit", "dequantize_4bit", "optimizer_update_8bit_blockwise")
+"""Of bitsandbytes: one kernel each on a GPU, which takes nothing but what it gives. Its portable ones take four times the weights."""
 
 
 def insert() -> None:
@@ -46,6 +48,8 @@ def insert() -> None:
     for name in _WARMED:
         if importlib.util.find_spec(name):
             __import__(name)
+    for operator in _WHOLE if "bitsandbytes" in sys.modules else ():
+        module.run_whole("bitsandbytes", operator)
     if "diffusers" in sys.modules:  # imports its parts lazily, by name
         from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
     _replace_torch_cuda(torch, count)

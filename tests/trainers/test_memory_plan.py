@@ -16,13 +16,14 @@ from trainers.checkpoint import Checkpoint
 from trainers.cli import main
 from trainers.errors import JobError
 from trainers.family import detect, families
-from trainers.job import Job, MemorySpec, parse_job
+from trainers.job import Job, MemorySpec, OptimizerSpec, parse_job
 from trainers.job_memory import tracer_of
 from trainers.machine import GIB, Machine, card_of
-from trainers.memory_plan import MemoryPlan, choose, too_large
+from trainers.memory_plan import MemoryPlan, choose, optimizer_bytes, too_large
 from trainers.memory_report import as_values, reasons, report
 from trainers.memory_trace import ModelBytes, StepShape, StepTrace, Work
 from trainers.offload.arrangement import Arrangement
+from trainers.optimizers import build_optimizer
 from trainers.plan import make_plan
 from trainers.run import Run
 from trainers.training import open_training
@@ -321,3 +322,19 @@ def test_both_experts_count(tmp_path: Path) -> None:
     assert plan.memory
     assert plan.memory.price.trained_bytes == 2 * plan.parameters * 12
     assert "for each expert" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("adamw", torch.float32), ("adamw_kahan", torch.bfloat16), ("adamw_kahan", torch.float32), ("prodigy", torch.float32)],
+)
+def test_an_optimizer_s_state_is_as_planned(kind: Any, dtype: torch.dtype) -> None:
+    """With method "full" in float32, adamw_kahan keeps 8 bytes for each number; 6 were planned, of bf16."""
+    parameters = [torch.nn.Parameter(torch.ones(256, 64, dtype=dtype)), torch.nn.Parameter(torch.ones(512, dtype=dtype))]
+    optimizer = build_optimizer(OptimizerSpec(kind=kind, learning_rate=1e-3), parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    planned = optimizer_bytes(kind, sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters))
+    assert planned == pytest.approx(kept, rel=0.01)

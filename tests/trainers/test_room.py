@@ -95,7 +95,9 @@ def test_a_run_that_meets_a_full_device_learns_the_same(wan_run, monkeypatch):
 
 
 def test_when_nothing_is_left_the_run_says_so(wan_run, monkeypatch):
-    run = wan_run("tiny device")
+    """First it waits: another program may need the device for some minutes."""
+    run, slept = wan_run("tiny device"), []
+    monkeypatch.setattr(room.time, "sleep", slept.append)
     SmallDevice(monkeypatch, at_step=2, room_for_bytes=0)
     with pytest.raises(RunError, match=r"Out of GPU memory at step 2, .* No checkpoint has been saved yet\.") as caught:
         train(run)
@@ -141,7 +143,7 @@ def test_the_errors_tensors_are_free_before_the_step_is_done_again(wan_run, monk
         return "done"
 
     made = room._make_room
-    monkeypatch.setattr(room, "_make_room", lambda training: seen.append(seen[0]() is None) or made(training))
+    monkeypatch.setattr(room, "_make_room", lambda *given: seen.append(seen[0]() is None) or made(*given))
     assert with_room(training, attempt) == "done"
     assert seen[1] is True
 

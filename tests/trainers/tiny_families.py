@@ -311,10 +311,10 @@ def tiny_vae_of(family: Family, vae: Vae) -> torch.nn.Module:
 # What they are asked
 
 
-def tiny_latents(family: Family, variant: Variant, count: int, seed: int = 0) -> torch.Tensor:
-    """Latents of clips of three latent frames (B, C, 3, H, W)."""
+def tiny_latents(family: Family, variant: Variant, count: int, seed: int = 0, pixels: tuple[int, int] | None = None) -> torch.Tensor:
+    """Latents of clips of three latent frames (B, C, 3, H, W), of the smallest size or of `pixels` (height, width)."""
     latent = family.latent(variant)
-    shape = latent.shape(2 * latent.temporal_stride + 1, *_pixels(family, variant))
+    shape = latent.shape(2 * latent.temporal_stride + 1, *(pixels or _pixels(family, variant)))
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -364,19 +364,21 @@ def write_native_vae(path: Path, family: Family, vae: Vae) -> Path:
     return path
 
 
-def write_encoded_of(folder: Path, family: Family, variant: Variant, clips: int = 4) -> Path:
-    """An encoded folder of random clips with all that the variant requires."""
+def write_encoded_of(
+    folder: Path, family: Family, variant: Variant, clips: int = 4, held_out: int = 0, pixels: tuple[int, int] | None = None
+) -> Path:
+    """An encoded folder of random clips with all that the variant requires; the last `held_out` of them are held out."""
     cache, latent = Cache(folder / "cache"), family.latent(variant)
-    size = 2 * latent.temporal_stride + 1, *_pixels(family, variant)
+    size = 2 * latent.temporal_stride + 1, *(pixels or _pixels(family, variant))
     texts = {text: cache.text_key(text, "tiny") for text in ["", *(f"clip {index}" for index in range(clips))]}
     for index, key in enumerate(texts.values()):
         cache.write_text(key, tiny_text(family, 3 + index, seed=index))
     items = []
-    for index, clean_CFHW in enumerate(tiny_latents(family, variant, clips, seed=1)):
+    for index, clean_CFHW in enumerate(tiny_latents(family, variant, clips, 1, pixels)):
         key = cache.latents_key(f"clip {index}", 0.0, size[0], latent.fps, size[1], size[2], "tiny")
         cache.write_latents(key, clean_CFHW)
         caption = f"clip {index}"
-        given = (key, texts[caption], caption, f"{index}.mp4", 0.0, *size, latent.fps, 1, False)
+        given = (key, texts[caption], caption, f"{index}.mp4", 0.0, *size, latent.fps, 1, index >= clips - held_out)
         items.append(EncodedItem(*given, **_more(cache, family, variant, clean_CFHW, key, texts[""])))
     Encoded(folder, family.id, variant.id, tuple(items), {"": texts[""]}, cache).save()
     return folder

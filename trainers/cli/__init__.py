@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ..environment import go_offline
 from ..errors import VideoTrainerError
-from . import files, runs
+from . import check, files, runs
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,4 +43,5 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     files.add_verbs(verbs)
     runs.add_verbs(verbs)
+    check.add_verbs(verbs)
     return parser

@@ -31,6 +31,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const Tens
   return {on_gpu(out, d), on_gpu(lse, d), none, none};
 }
 
+// What a GPU's kernels take while they run: a number for each row, and the query's gradient in float32, in tiles of 128 rows, unless
+// it is float32 itself (dq_accum of flash attention 2, workspace of the memory-efficient kernels).
+std::vector<Tensor> workspace_of(const Tensor& q) {
+  const auto tiles = [](int64_t count, int64_t size) { return (count + size - 1) / size * size; };
+  const auto options = q.options().dtype(at::kFloat);
+  std::vector<Tensor> found = {at::empty({q.size(0), q.size(1), q.size(2)}, options)};
+  if (q.scalar_type() != at::kFloat) found.push_back(at::empty({q.size(0), q.size(1), tiles(q.size(2), 128), tiles(q.size(3), 32)}, options));
+  op_now = "attention backward";
+  return found;
+}
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                                               const Tensor& bias, const Tensor& out, const Tensor& lse, const Tensor&,
                                                               const Tensor&, double dropout, std::array<bool, 4>, bool causal,
@@ -39,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   touch({grad, q, k, v, bias, out, lse}, "attention backward", d);
   std::optional<Tensor> mask;
   if (bias.defined()) mask = on_cpu(bias);
+  const auto workspace = workspace_of(q);
   auto [a, b, c] = at::_scaled_dot_product_flash_attention_for_cpu_backward(on_cpu(grad), on_cpu(q), on_cpu(k), on_cpu(v), on_cpu(out),
                                                                             on_cpu(lse), dropout, causal, mask, scale);
   return {on_gpu(a, d), on_gpu(b, d), on_gpu(c, d), Tensor()};

@@ -163,7 +163,8 @@ struct Call {
   void run() {
     std::optional<DeviceRandomness> random;
     if (op.hasTag(at::Tag::nondeterministic_seeded)) random.emplace(device);
-    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+    // XPU stands for any device: a library's composition of other operators, where its own kernel for the CPU is another matter.
+    op.redispatchBoxed(c10::DispatchKeySet(name.rfind("aten::", 0) == 0 ? c10::DispatchKey::CPU : c10::DispatchKey::XPU), stack);
   }
 
   // An operator that resized a tensor it wrote gave its CPU stand-in other memory.

@@ -1,0 +1,47 @@
+"""Another program takes the GPU between plan and load: the run ended with a bare OutOfMemoryError and no word of what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simulated_gpu import gpu
+from simulated_gpu.gpu_runs import ARRANGEMENTS, forget_accelerate, in_use, shared_job, trained
+from trainers.errors import RunError
+from trainers.run import Run
+from trainers.training import open_training
+
+pytestmark = pytest.mark.usefixtures("small_inputs_are_offloaded", "tables_of_bitsandbytes")
+
+
+@pytest.mark.parametrize("quantise", ["none", "fp8", "nf4"])
+def test_a_gpu_that_is_full_while_the_model_is_loaded(tmp_path: Path, quantise: str) -> None:
+    before = in_use()
+    run = Run.create(shared_job("cuda:0", tmp_path, "wan2.1-t2v", memory=ARRANGEMENTS["mapped"] | {"quantise": quantise}))
+    forget_accelerate()
+    gpu.fail_allocations(20)
+    with pytest.raises(
+        RunError, match=r"out of memory on cuda:0 while the model was loaded .*must stay free.*start the run again"
+    ) as caught:
+        open_training(run)
+    del caught
+    gpu.fail_allocations(-1, 0)
+    assert in_use() == before
+
+
+def test_a_resume_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the session of a pause that is taken back the next attempt is made in the same process."""
+    run = trained(shared_job("cuda:0", tmp_path, "wan2.1-t2v", memory=ARRANGEMENTS["pinned"]))
+    before = in_use()
+
+    def fails(*given: object) -> None:
+        raise OSError("the drive is gone")
+
+    forget_accelerate()
+    with monkeypatch.context() as patch:
+        patch.setattr("trainers.training._load_checkpoint", fails)
+        with pytest.raises(OSError, match="the drive is gone") as caught:
+            open_training(run)
+    del caught
+    assert in_use() == before

@@ -1,0 +1,172 @@
+"""A tiny model of each family trained for three steps, kept in every way there is: the gradients must be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..job import LoraSpec
+from ..load import load_transformer
+from ..lora import inject
+from ..offload.arrangement import Arrangement
+from ..offload.placement import SLOTS
+from ..predict import batch_loss
+from ..residency import Residency, tighter
+from ..room import give_back, until_it_fits
+from .lines import Bench, Check, Line
+from .tiny_models import SIDE, SIDE_ON_CPU, TinyModel
+
+_GROUP = "training a tiny model"
+_STEPS = 3
+_NEAR_THE_CPU, _NEAR_ITSELF, _NEAR_IN_HALF = 1e-4, 1e-5, 0.05
+"""Of the largest gradient: another device adds up in another order, so do parts of a sequence."""
+_REMEDY = 'Please report it, with the block below; until then train with memory.stream = "never".'
+_LOSS_SCALE = 1024.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run is made. `full`: the GPU has no memory once, in the middle of a backward pass."""
+
+    name: str
+    device: torch.device
+    side: int
+    dtype: torch.dtype = torch.float32
+    streamed: bool = False
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    dropout: float = 0.0
+    full: bool = False
+    scale: float = 1.0
+
+
+def _family(family_id: str, bench: Bench) -> Iterator[Line]:
+    """Every way beside the one that keeps all on the device."""
+    model, device, side = TinyModel.of(family_id), bench.device, SIDE if bench.on_gpu else SIDE_ON_CPU
+    mapped = Way("streamed, mapped", device, side, streamed=True, arrangement=Arrangement(host="mapped"))
+    pinned = Arrangement(host="pinned", activations="host", chunks=2)
+    ways = [
+        mapped,
+        Way("pinned, inputs, 2 chunks" if bench.on_gpu else "pinned, 2 chunks", device, side, streamed=True, arrangement=pinned),
+    ]
+    if bench.on_gpu:
+        ways.append(replace(mapped, name="after out of memory", full=True))
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _deterministic():
+        path = Path(folder, "tiny.safetensors")
+        model.write(path)
+        run: Callable[[Way], torch.Tensor] = partial(_gradients, model, path)
+        resident = run(Way("resident", device, side))
+        if bench.on_gpu:
+            yield _compared("resident, as on the CPU", resident, run(Way("CPU", torch.device("cpu"), side)), _NEAR_THE_CPU)
+        else:
+            finite = bool(resident.isfinite().all()) and bool(resident.any())
+            yield Line("resident", "ok" if finite else "failed", f"{_STEPS} steps on the CPU, {resident.numel()} gradients", _REMEDY)
+        for way in ways:
+            yield _compared(way.name, run(way), resident, _NEAR_ITSELF)
+        if family_id == "wan":
+            noisy = Way("dropout", device, side, dropout=0.2)
+            yield _compared("dropout, streamed", run(replace(mapped, dropout=0.2)), run(noisy), _NEAR_ITSELF)
+        if bench.on_gpu:
+            for dtype in (dtype for dtype in bench.dtypes_of(model.family) if dtype != torch.float32):
+                found = run(Way("half", device, side, dtype, scale=_LOSS_SCALE if dtype == torch.float16 else 1.0))
+                yield _in_half(str(dtype).removeprefix("torch."), found, resident)
+
+
+def _compared(name: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> Line:
+    if not bool(found.isfinite().all()):
+        return Line(name, "failed", "not-a-number in the gradients", _REMEDY)
+    if torch.equal(found, wanted):
+        return Line(name, "ok", f"the same bits in {_STEPS} steps")
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    return Line(name, "ok" if error <= tolerance else "failed", f"gradients of {_STEPS} steps are the same to {error:.1e}", _REMEDY)
+
+
+def _in_half(name: str, found: torch.Tensor, exact: torch.Tensor) -> Line:
+    """All must be finite; the first step's are compared, since an optimizer makes more of what rounding leaves."""
+    if not bool(found.isfinite().all()):
+        return Line(name, "failed", "not-a-number in the gradients", 'Set precision = "fp32", and report it.')
+    first = slice(len(exact) // _STEPS)
+    error = float((found[first] - exact[first]).norm() / exact[first].norm())
+    text = f"finite in {_STEPS} steps, in the first one off by {error:.1%} of their length"
+    return Line(name, "ok" if error <= _NEAR_IN_HALF else "failed", text, 'Set precision = "fp32", and report it.')
+
+
+def _gradients(model: TinyModel, path: Path, way: Way) -> torch.Tensor:
+    """All gradients of the steps, on the CPU."""
+    device = way.device
+    transformer = load_transformer(Checkpoint.open(path), model.detection, device, way.dtype, resident=False, all_frozen=True)
+    parameters = inject(transformer, model.family, LoraSpec(rank=2, dropout=way.dropout), seed=1, device=device)
+    residency = Residency(transformer, model.family, device, replace(way.arrangement), random=way.dropout > 0)
+    if way.streamed:
+        residency.rearrange(replace(way.arrangement, weights_bytes=SLOTS * max(residency.block_bytes)))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    found: list[torch.Tensor] = []
+    try:
+        residency.enter()
+        transformer.train()
+        for step in range(_STEPS):
+            _step(model, transformer, residency, parameters, way, step)
+            found += [parameter.grad.detach().float().cpu().flatten() / way.scale for parameter in parameters if parameter.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    finally:
+        residency.leave()
+    return torch.cat(found)
+
+
+def _step(
+    model: TinyModel, transformer: torch.nn.Module, residency: Residency, parameters: list[torch.nn.Parameter], way: Way, step: int
+) -> None:
+    """Forward and backward; where the way says so, the second step finds the GPU full, and makes room as a training does."""
+    filled = [way.full and step == 1]
+
+    def work() -> None:
+        torch.manual_seed(step)
+        loss = batch_loss(model.family, model.variant, transformer, model.batch(step, way.side, way.dtype).to(way.device)) * way.scale
+        if filled[0]:
+            loss.register_hook(lambda _: _fill(way.device))  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def make_room() -> None:
+        filled[0] = False
+        torch.cuda.set_per_process_memory_fraction(1.0, way.device)
+        for parameter in parameters:
+            parameter.grad = None
+        give_back(way.device)
+        less = tighter(residency.arrangement, residency.block_bytes)
+        assert less is not None
+        residency.rearrange(less)
+
+    until_it_fits(work, make_room)
+    assert not filled[0], "the GPU was to be full, and was not"
+
+
+def _fill(device: torch.device) -> None:
+    """Sets the allocator's limit to what is taken, and asks for more: the error is its own, in autograd's thread."""
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved(device), 1) / total, device)
+    torch.empty(total // 8, dtype=torch.uint8, device=device)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Kernels that repeat themselves, where there are some, so that bits can be compared."""
+    before: Any = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+CHECKS = tuple(
+    Check(f"{_GROUP}: {title}", "resident", partial(_family, family_id), needs_seconds=4.0)
+    for family_id, title in (("wan", "Wan"), ("ltx", "LTX-Video"), ("hunyuan", "HunyuanVideo"), ("mochi", "Mochi"))
+)
