@@ -17,8 +17,12 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is import
     os.environ.setdefault(name, "1")
 
 
-collect_ignore = [] if "simulated_gpu.plugin" in sys.modules else ["simulated_gpu"]
+collect_ignore: list[str] = []
 """Tests on the simulated GPU need a process of their own: it must be there before torch is imported (`make test` starts it)."""
+if "simulated_gpu.plugin" not in sys.modules:
+    collect_ignore = ["simulated_gpu"]
+elif os.environ.get("SIMULATED_DEVICES") != "2":
+    collect_ignore = ["simulated_gpu/test_second_gpu.py"]
 
 
 @pytest.hookimpl(optionalhook=True)

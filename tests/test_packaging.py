@@ -80,7 +80,7 @@ def test_one_process_is_started_with_nothing_that_a_user_wrote(code):
     """
     assert code["trainers/launch.py"].count("subprocess.Popen(") == code["trainers/launch.py"].count("subprocess.check_output(") == 1
     users = {name for name, text in code.items() if re.search(r"\b(start_apart|answer_of|helper_command)\(", text)}
-    assert users == {"trainers/launch.py", "trainers/selftest/file_checks.py", "trainers/selftest/versions.py"}
+    assert users == {"trainers/launch.py", "trainers/selftest/file_checks.py", "trainers/nvidia_smi.py"}
     assert "[*python, str(WORKER), str(run.folder)]" in code["trainers/launch.py"]
 
 

@@ -30,8 +30,8 @@ class Batch:
     conditions: Conditions
 
     def pinned(self, memory: PinnedMemory) -> Batch:
-        """The same in pinned memory, from which a GPU copies by itself, as far as the system allows it."""
-        return self._each(memory.pinned_tensor)
+        """The same in pinned memory, in one piece each: so a GPU copies by itself, as far as the system allows it."""
+        return self._each(lambda tensor: memory.pinned_tensor(tensor.contiguous()))
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device. From pinned memory nothing waits: the copies are queued before what uses them."""

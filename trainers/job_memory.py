@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .attention_by_heads import limit_attention
 from .batches import Samples
 from .card_kernels import AMPERE, CPU, TURING, Kernels
 from .checkpoint import Checkpoint
@@ -84,8 +85,9 @@ def tracer_of(job: Job, checkpoint: Checkpoint, detection: Detection, machine: M
     keep_stored = None if streams else False
     transformer = load_transformer(checkpoint, detection, _META, dtype, keep_stored, all_frozen=streams, quantise=job.memory.quantise)
     check_chunks(job, transformer, detection.family)
+    limit_attention(machine)
     add, kernels = partial(method.inject, device=_META), _kernels(machine)
-    known = _traces_of(_identity(job, checkpoint, detection, dtype, kernels, streams))
+    known = _traces_of(_identity(job, checkpoint, detection, dtype, machine))
     both = (detection.family, detection.variant)
     return Tracer(*both, transformer, add, dtype, kernels=kernels, accumulation=job.accumulation, known=known)
 
@@ -96,12 +98,13 @@ def _traces_of(identity: str) -> Traces:
     return Traces()
 
 
-def _identity(job: Job, checkpoint: Checkpoint, detection: Detection, dtype: torch.dtype, kernels: Kernels, streams: bool) -> str:
+def _identity(job: Job, checkpoint: Checkpoint, detection: Detection, dtype: torch.dtype, machine: Machine) -> str:
     """All that a step's trace depends on besides the batch and the arrangement."""
     stored = sorted((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in checkpoint.tensors.items())
     trained = (job.method, job.lora, job.optimizer.kind, job.memory.quantise, job.accumulation)
     model = (detection.family.id, detection.variant, sorted(detection.config.items()), checkpoint.quantisation, stored)
-    return hashlib.sha256(repr((model, trained, dtype, kernels, streams)).encode()).hexdigest()
+    on = (machine.device, _kernels(machine), machine.kernel_time_limit and machine.flops_rate)
+    return hashlib.sha256(repr((model, trained, dtype, on)).encode()).hexdigest()
 
 
 def check_chunks(job: Job, transformer: nn.Module, family: Family) -> None:

@@ -35,8 +35,9 @@ class Machine:
 
     `free_bytes` of the device and `ram_bytes` of the host are available to a training; `pinnable_bytes` of the host may be pinned
     (None: no limit is known), and `headroom_bytes` of `free_bytes` are for CUDA itself, unless a job says what may be taken.
-    `bf16` and `turing`: whether the GPU computes in bf16, and is older than compute capability 8.0. `measured`: which rates were
-    measured on this machine ("flops", "memory", "copy", "host_copy", "disk"); the others are assumptions.
+    `bf16` and `turing`: whether the GPU computes in bf16, and is older than compute capability 8.0. `kernel_time_limit`: whether it
+    ends a kernel that runs for seconds, as a GPU that draws a display does. `measured`: which rates were measured on this machine
+    ("flops", "memory", "copy", "host_copy", "disk"); the others are assumptions.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Machine:
     disk_rate: float = ASSUMED_DISK_RATE
     bf16: bool = True
     turing: bool = False
+    kernel_time_limit: bool = False
     measured: frozenset[str] = frozenset()
     flops_rate_fp32: float | None = None
     """In float32, where another precision's rate is assumed and this one is known to be far from it."""
@@ -156,6 +158,7 @@ def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = N
         rates.disk,
         bf16=bf16,
         turing=not bf16,
+        kernel_time_limit=device.type == "cuda" and has_kernel_time_limit(device),
         measured=rates.measured,
         pinnable_bytes=_pinnable(device, ram, kept),
         headroom_bytes=context_headroom(free) if device.type == "cuda" else 0,
@@ -175,7 +178,15 @@ def empty_card(device: torch.device) -> Machine:
     card = card_of(None, properties.total_memory / GIB)
     older = (properties.major, properties.minor) < (8, 0)
     machine = card.machine(available_ram() / GIB, properties.total_memory / GIB)
-    return replace(machine, name=properties.name, bf16=not older, turing=older)
+    limited = has_kernel_time_limit(device)
+    return replace(machine, name=properties.name, bf16=not older, turing=older, kernel_time_limit=limited)
+
+
+def has_kernel_time_limit(device: torch.device) -> bool:
+    """Whether a kernel that runs for seconds is ended."""
+    from .nvidia_smi import ends_long_kernels
+
+    return ends_long_kernels(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
 
 
 def size_text(byte_count: int) -> str:

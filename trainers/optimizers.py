@@ -18,9 +18,10 @@ _HOW = ("fused", "foreach")
 def build_optimizer(spec: OptimizerSpec, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of a job over its parameters. Raises MissingPackage when its library is not installed.
 
-    AdamW on a card is one kernel for all parameters, without temporaries. Kahan summation (adamw_kahan) keeps what rounding
-    takes from weights in bf16; over float32 it is plain AdamW. Magnitudes (vectors) do not decay: towards zero they would
-    take the base with them.
+    AdamW on a GPU is one kernel for all parameters, without temporaries. Prodigy reads two sums back in each parameter, so that the
+    host waits for the GPU twice for each in every step: its library has no other way. The others never wait. Kahan summation
+    (adamw_kahan) keeps what rounding takes from weights in bf16; over float32 it is plain AdamW. Magnitudes (vectors) do not
+    decay: towards zero they would take the base with them.
     """
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
     groups: Any = parameters
@@ -41,12 +42,35 @@ def build_optimizer(spec: OptimizerSpec, parameters: Sequence[torch.nn.Parameter
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise _missing("adamw8bit", "bitsandbytes", error) from error
-        return _typed(AdamW8bit(groups, **settings))
+        return _typed(_without_waiting(AdamW8bit)(groups, **settings))
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
         raise _missing("prodigy", "prodigyopt", error) from error
     return _typed(Prodigy(groups, **settings, safeguard_warmup=spec.warmup_steps > 0, use_bias_correction=True))
+
+
+def _without_waiting(adamw: Any) -> Any:
+    """The optimizer of bitsandbytes without its wait for the GPU after each parameter, which only paged states need."""
+
+    class Queued(adamw):  # type: ignore[misc]
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            assert closure is None
+            assert not self.is_paged
+            if not self.initialized:  # type: ignore[has-type]
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for number, group in enumerate(self.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, index)
+                    self.update_step(group, parameter, number, index)
+
+    return Queued
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:

@@ -5,10 +5,10 @@ Nothing is copied back, since nothing of it changes. Trained parameters are not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import nn
@@ -19,12 +19,13 @@ from .offload.arrangement import Arrangement
 from .offload.blocks import Blocks
 from .offload.chunks import in_chunks, rest_at_ends
 from .offload.compiled import compiled
-from .offload.copies import copies_of
+from .offload.copies import Copies, copies_of
 from .offload.host import HostWeights
 from .offload.layout import BlockLayout, bind, frozen_linears
 from .offload.pinned import PinnedMemory, give_back_pinned_cache
 from .offload.placement import Placement, place
 from .offload.stream import Stream
+from .offload.upload import in_runs, upload
 
 
 def blocks_of(transformer: nn.Module, family: Family) -> list[nn.Module]:
@@ -34,18 +35,21 @@ def blocks_of(transformer: nn.Module, family: Family) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class HostSide:
-    """What the transformers of a training share of host memory, since one of them at a time is on the device.
+    """What the transformers of a training share, since one of them at a time is on the device: host memory, and the queue of copies
+    that their weights come by.
 
-    It takes none before there is something to keep.
+    It takes no memory before there is something to keep.
     """
 
     memory: PinnedMemory
     arena: Arena
     weights: HostWeights
+    copies: Copies
 
     @classmethod
     def of(cls, memory: PinnedMemory) -> HostSide:
-        return cls(memory, Arena(copies_of(memory.device), memory.device, memory), HostWeights(memory))
+        arena = Arena(copies_of(memory.device), memory.device, memory)
+        return cls(memory, arena, HostWeights(memory), copies_of(memory.device))
 
     def close(self) -> None:
         """Gives all of it back; no transformer may be on the device."""
@@ -115,13 +119,17 @@ class Residency:
     def enter(self) -> None:
         """Copies to the device what stays there, and makes the ring for the rest."""
         self._entered, self.is_whole = True, False
-        placement = self.placement
-        _put(self._others, self._device)
-        for index in sorted(placement.resident):
-            self._bind_all(index, self._device)
+        placement, kept, weights, copies = self.placement, self.arrangement, self._host.weights, self._host.copies
+        resident = [self._layouts[index] for index in sorted(placement.resident)]
+        largest, had_buffers = max(self.block_bytes, default=0), weights.idle_buffers > 0
+        others = in_runs((tensor for *_, tensor in self._others), largest)
+        found = upload([*resident, *others], copies, weights, largest)
+        for layout, tensors in zip(resident, found, strict=False):
+            bind(layout.by_linear(tensors))
+        _hold(self._others, chain.from_iterable(found[len(resident) :]))
+        if not placement.streamed and not had_buffers:
+            weights.close_idle()  # those that this took: nothing comes by them any more
         if placement.streamed:
-            copies = copies_of(self._device)
-            kept, weights = self.arrangement, self._host.weights
             self._blocks.stream = Stream(self._layouts, placement, kept.host, copies, self._device, weights, kept.most_pinned_bytes)
         self.is_whole = True
 
@@ -146,7 +154,7 @@ class Residency:
             self.enter()
 
     def _back_on_host(self) -> None:
-        _put(self._others, torch.device("cpu"))
+        _hold(self._others, [tensor for *_, tensor in self._others])
         for layout in self._layouts:
             bind(layout.on_host())
 
@@ -158,11 +166,6 @@ class Residency:
         if wanted.activations == "device" and self._blocks.arena is not None:
             self._host.arena.close()
         self._blocks.arena = self._host.arena if wanted.activations == "host" else None
-
-    def _bind_all(self, index: int, device: torch.device) -> None:
-        bind(
-            [(linear, {name: tensor.to(device) for name, tensor in tensors.items()}) for linear, tensors in self._layouts[index].on_host()]
-        )
 
 
 def tighter(
@@ -206,10 +209,8 @@ def _others(transformer: nn.Module, blocks: list[nn.Module]) -> Iterator[_Holder
                 yield module, name, tensor.data
 
 
-def _put(tensors: list[_Holder], device: torch.device) -> None:
-    """Lets the modules hold the tensors as they are on a device: themselves on the CPU."""
-    for holder, name, tensor in tensors:
-        placed: Any = tensor.to(device, non_blocking=True)
-        if isinstance(getattr(holder, name), nn.Parameter):
-            placed = nn.Parameter(placed, requires_grad=False)
-        setattr(holder, name, placed)
+def _hold(holders: list[_Holder], tensors: Iterable[torch.Tensor]) -> None:
+    """Lets the modules hold these tensors in place of theirs."""
+    for (holder, name, _), tensor in zip(holders, tensors, strict=True):
+        is_parameter = isinstance(getattr(holder, name), nn.Parameter)
+        setattr(holder, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)

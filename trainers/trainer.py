@@ -77,7 +77,8 @@ def held_out_clips(training: Training) -> HeldOut:
 def optimize(training: Training) -> dict[str, Any]:
     """One optimizer step of the expert whose turn it is; what it measured.
 
-    The host waits for the device once, for the measurements, when the whole step is queued. Raises RunError for a step that
+    The host waits for the device once, for the measurements, when the whole step is queued (prodigy waits twice more for each of its
+    parameters: see `build_optimizer`). Raises RunError for a step that
     was not finite; then the LoRA in memory is spoilt and must not be saved.
     """
     started, job = time.perf_counter(), training.job

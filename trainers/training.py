@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .attention import use_attention
+from .attention_by_heads import limit_attention
 from .batches import Samples
 from .checkpoint import Checkpoint
 from .data.encoded import Encoded
@@ -168,6 +169,7 @@ def _loaded(run: Run) -> Training:
     encoded = Encoded.open(Path(job.encoded), job.encoded_identity)
     samples = Samples.of(job, detection.family, detection.variant, encoded, device, precision.dtype)
     plan = _planned(job, detection, samples)
+    limit_attention(plan.machine if plan else None)
     arrangement = plan.arrangement if plan else arrangement_of(job)
     host = HostSide.of(_pinned_memory(run, job, device, plan))
     samples = replace(samples, memory=host.memory)

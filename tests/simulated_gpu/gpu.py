@@ -91,11 +91,14 @@ class Report:
     misplaced: list[str]
     """Operators on a device that is not the thread's current one."""
     host_waits: dict[str, int]
+    copies: dict[str, int]
+    """All copies between host and GPUs."""
     pageable: dict[str, int]
     """Copies that cannot be asynchronous: from memory that is not pinned, strided, or with a change of dtype."""
     operators: dict[str, int]
     contexts: dict[str, int]
     """Uses of each device, each of which makes a CUDA context there."""
+    streams_made: int
 
 
 def report() -> Report:

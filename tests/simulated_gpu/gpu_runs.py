@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import gc
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trainers.data.encoded import Encoded
 from trainers.family import Family, Variant, families
 from trainers.job import Job, parse_job
 from trainers.run import Run
+from trainers.training import Training
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "resident": {"stream": "never"},
@@ -132,11 +134,49 @@ def job_on(device: str, folder: Path, family: Family, variant: Variant, **fields
     return tiny_families.tiny_job_of(folder, family, variant, **(usual | fields))
 
 
-def trained(job: Job) -> Run:
-    """The run of a job, trained to its end in this process."""
+@dataclass(frozen=True)
+class Step:
+    """What one training step did: how often the host waited for the GPU, and its copies that were not asynchronous, by line."""
+
+    waits: dict[str, int]
+    pageable: dict[str, int]
+
+
+@contextmanager
+def steps_watched() -> Iterator[list[Step]]:
+    """Within it, every step that is trained adds what it did. Previews and held-out loss are no part of a step."""
+    steps, optimize = list[Step](), trainer.optimize
+
+    def watched(training: Training) -> dict[str, Any]:
+        before = gpu.report()
+        metrics = optimize(training)
+        after = gpu.report()
+        steps.append(Step(_more(after.host_waits, before.host_waits), _more(after.pageable, before.pageable)))
+        return metrics
+
+    with patch.object(trainer, "optimize", watched):
+        yield steps
+
+
+def _more(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    return {where: count - before.get(where, 0) for where, count in after.items() if count > before.get(where, 0)}
+
+
+def trained(job: Job, pinned: bool = True) -> Run:
+    """The run of a job, trained to its end in this process.
+
+    On the GPU, the host waits once in each step (but with optimizers whose library waits: test_waits.py), no copy of a step is
+    pageable (`pinned` False: the system refuses to pin), and after the run nothing is allocated or registered that was not before.
+    """
     forget_accelerate()
-    run = Run.create(job)
-    assert trainer.train(run) == "done"
+    run, before = Run.create(job), in_use()
+    with steps_watched() as steps:
+        assert trainer.train(run) == "done"
+    assert in_use() == before, "(bytes of each GPU, pinned bytes) are given back"
+    if job.device.startswith("cuda"):
+        assert steps
+        assert not pinned or [step.pageable for step in steps] == [{}] * len(steps)
+        assert job.optimizer.kind in ("adamw8bit", "prodigy") or all(sum(step.waits.values()) == 1 for step in steps), steps
     return run
 
 
@@ -159,8 +199,3 @@ def in_use() -> tuple[list[int], int]:
     """(bytes of each GPU, pinned bytes of the host) that are in use now."""
     gc.collect()
     return [gpu.live_bytes(index) for index in range(gpu.module.devices())], gpu.registered_bytes()
-
-
-def waits_of_steps() -> int:
-    """How often a training step waited for the GPU since `gpu.reset`."""
-    return sum(count for line, count in gpu.report().host_waits.items() if "trainer.py:" in line)

@@ -39,17 +39,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def no_race(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails a test that left an unordered access. Rates are stated: measuring them takes a CPU seconds."""
     from trainers import rates
-    from trainers.offload.layout import BlockLayout
+    from trainers.offload.layout import Flat
 
     for name, rate in (("flops_rate", 1e13), ("memory_rate", 1e11), ("copy_rate", 1e10)):
         monkeypatch.setattr(rates, name, lambda *_, rate=rate: rate)
-    write = BlockLayout.write
+    write = Flat.write
 
-    def seen_write(layout: BlockLayout, run: object, *how: bool) -> None:  # the host writes by itself: only here can it be seen
-        gpu.module.host_access(run, True, "BlockLayout.write")
+    def seen_write(layout: Flat, run: object, *how: bool) -> None:  # the host writes by itself: only here can it be seen
+        gpu.module.host_access(run, True, "Flat.write")
         write(layout, run, *how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(BlockLayout, "write", seen_write)
+    monkeypatch.setattr(Flat, "write", seen_write)
     gpu.reset()
     yield
     assert not (races := gpu.report().races), "\n".join(dict.fromkeys(races))

@@ -75,7 +75,7 @@ def test_a_refusal_changes_no_loss_and_is_reported(tmp_path: Path, wanted: dict[
     run's events, came back as an error of a later step, and then shrank the model as if the GPU were full.
     """
     gpu.limit_pinned(int(share * wanted["pinned"]) + (share == 1.0) * 2**20)
-    run = trained(job_on("cuda:0", tmp_path, WAN, ONE, memory=ALL_IN_PINNED_MEMORY))
+    run = trained(job_on("cuda:0", tmp_path, WAN, ONE, memory=ALL_IN_PINNED_MEMORY), pinned=share == 1.0)
     assert losses(run) == pytest.approx(wanted["losses"], rel=1e-5)
     found = messages(run)
     assert not [message for message in found if "full" in message], "the GPU was not full"
@@ -92,7 +92,7 @@ def test_a_refusal_changes_no_loss_and_is_reported(tmp_path: Path, wanted: dict[
 def test_refused_batches_do_not_shrink_the_model(tmp_path: Path, wanted: dict[str, Any]) -> None:
     """Torch says "CUDA error: out of memory" of a batch that cannot be pinned; the run took the GPU for full, until it ended."""
     gpu.limit_pinned(0)
-    run = trained(job_on("cuda:0", tmp_path, WAN, ONE, memory={"stream": "never"}))
+    run = trained(job_on("cuda:0", tmp_path, WAN, ONE, memory={"stream": "never"}), pinned=False)
     assert losses(run) == pytest.approx(wanted["losses"], rel=1e-5)
     found = messages(run)
     assert [message for message in found if "Batches go to the GPU through memory that is not pinned" in message]

@@ -2,8 +2,9 @@
 
 One arena serves all transformers of a training, since one of them at a time is on the device.
 
-They are taken back in reverse: a stack. Each of its levels has a buffer that is kept from step to step, so that memory is
-pinned once (as much as the largest sample needs, which is why it should come first).
+The last block's input stays on the device: it would come straight back. The others are taken back in reverse: a stack. Each
+of its levels has a buffer that is kept from step to step, so that memory is pinned once (as much as the largest sample needs,
+which is why it should come first).
 """
 
 from __future__ import annotations
@@ -57,8 +58,7 @@ class Arena:
     def pop(self, level: int) -> torch.Tensor:
         """The tensor of the highest level, on the device; the one below it is sent for."""
         assert level == len(self._kept) - 1, "tensors come back in reverse"
-        while self._leaving:
-            self._let_go()
+        self._let_all_go()
         tensor, end = self._coming.pop(level) if level in self._coming else self._send(level)
         self._copies.wait(end)
         self._kept.pop()
@@ -66,10 +66,16 @@ class Arena:
             self._coming[level - 1] = self._send(level - 1)
         return tensor
 
+    def turn(self) -> None:
+        """Sends for the highest level: the backward pass begins with a block whose input stayed on the device."""
+        self._let_all_go()
+        if self._kept:
+            top = len(self._kept) - 1
+            self._coming[top] = self._send(top)
+
     def reset(self) -> None:
         """Forgets all tensors: a backward pass was broken off, or never came."""
-        while self._leaving:
-            self._let_go()
+        self._let_all_go()
         for _, end in self._coming.values():
             self._copies.wait(end)
         self._coming.clear()
@@ -83,6 +89,10 @@ class Arena:
             for level in range(len(self._buffers)):
                 closing.callback(self._close, level)
             self.reset()
+
+    def _let_all_go(self) -> None:
+        while self._leaving:
+            self._let_go()
 
     def _let_go(self) -> None:
         """Frees the oldest tensor that left, for computing that comes after its copy."""

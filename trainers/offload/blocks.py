@@ -70,6 +70,10 @@ class _Wrapped:
     index: int
     inner: Callable[..., Any]
 
+    @property
+    def is_last(self) -> bool:
+        return self.index == len(self.blocks.modules) - 1
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         blocks = self.blocks
         if not (torch.is_grad_enabled() and blocks.checkpointing):
@@ -138,8 +142,8 @@ class _Checkpoint(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call = call
         arena = call.wrapped.blocks.arena
-        trained = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        ctx.levels = {index: arena.push(tensors[index]) for index in trained if _is_large(tensors[index])} if arena else {}
+        leaving = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed and _is_large(tensors[index])]
+        ctx.levels = {index: arena.push(tensors[index]) for index in leaving} if arena and not call.wrapped.is_last else {}
         call.remember_draws(tensors[0].device)
         outputs = tuple(call.run(tensors, "turning"))
         ctx.save_for_backward(*(None if index in ctx.levels else tensor for index, tensor in enumerate(tensors)))
@@ -150,6 +154,8 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         call: _Call = ctx.call
         arena, tensors = call.wrapped.blocks.arena, list(ctx.saved_tensors)
+        if arena is not None and call.wrapped.is_last:
+            arena.turn()
         for index in sorted(ctx.levels, reverse=True):
             assert arena is not None
             tensors[index] = arena.pop(ctx.levels[index])

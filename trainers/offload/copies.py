@@ -6,6 +6,7 @@ begins after a mark; `wait` lets the computing that is queued from then on begin
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -50,29 +51,33 @@ class CudaCopies:
     in the driver's own staging memory, or have come back from the card (cudaMemcpyAsync, CUDA's "API synchronization behavior").
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, flush: bool = sys.platform == "win32") -> None:
+        """`flush`: Windows' driver collects launches and may hold back a copy until something asks for it. To ask costs little."""
+        self._device, self._flush = device, flush
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return self._recorded(torch.cuda.current_stream(self._device))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event:
         if after is not None:
             self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            end.record(self._stream)
-        return end
+            return self._recorded(self._stream)
 
     def wait(self, end: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(end)
 
     def finish(self, end: torch.cuda.Event) -> None:
         end.synchronize()
+
+    def _recorded(self, stream: Any) -> torch.cuda.Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream)
+        if self._flush:
+            event.query()  # type: ignore[no-untyped-call]
+        return event
 
 
 def copies_of(device: torch.device) -> Copies:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from .copies import Copies, use_device
-from .layout import BlockLayout
+from .layout import BlockLayout, Flat
 from .pinned import Buffer, PinnedMemory, PinningError
 
 STAGING_BUFFERS = 2
@@ -66,6 +66,10 @@ class HostWeights:
         else:
             self._idle.append(buffer)
 
+    @property
+    def idle_buffers(self) -> int:
+        return len(self._idle)
+
     def close_idle(self) -> None:
         """Gives back the memory that nobody uses now."""
         with ExitStack() as closing:
@@ -86,7 +90,7 @@ class Filling:
         """The way that was found quicker; None: both are being tried."""
         self._tried: dict[bool, list[float]] = {True: [], False: []}
 
-    def fill(self, buffer: Buffer, layout: BlockLayout) -> None:
+    def fill(self, buffer: Buffer, layout: Flat) -> None:
         """Writes a block into a buffer that no copy uses."""
         from_file = layout.in_file and (len(self._tried[True]) <= len(self._tried[False]) if self.from_file is None else self.from_file)
         buffer.holds = None
@@ -191,9 +195,10 @@ class Master:
 class Staging:
     """Blocks in the mapped file, gathered by a thread: it waits for the disk and for buffers, the trainer does not."""
 
-    def __init__(self, layouts: Mapping[int, BlockLayout], copies: Copies, weights: HostWeights) -> None:
+    def __init__(self, layouts: Mapping[int, Flat], copies: Copies, weights: HostWeights, least_bytes: int = 0) -> None:
+        """`least_bytes` of each buffer: for whom it is handed on to."""
         self._layouts, self._copies, self._weights = layouts, copies, weights
-        largest = max(layout.nbytes for layout in layouts.values())
+        largest = max(least_bytes, *(layout.nbytes for layout in layouts.values()))
         count = staging_buffers(largest)
         self._free: deque[tuple[Buffer, Any]] = deque()
         with ExitStack() as undo:

@@ -5,7 +5,7 @@ All else of a block (norms, biases, tables: a thousandth of its bytes) stays on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,42 +18,26 @@ _ALIGNMENT = 256
 """Bytes: what CUDA's own allocations are aligned to, and more than any kernel asks of a tensor."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of a frozen Linear: where it lies in the run, the tensor itself in host memory, and its file if it is mapped."""
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """Tensors in host memory, and where each of them begins when they lie one after the other in a flat run of bytes.
 
-    linear: FrozenLinear
-    name: str
-    start: int
-    host: torch.Tensor
-    source: FileRange | None = None
+    `sources` are their files, if they are mapped.
+    """
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.host.nbytes
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """The streamed tensors of one block."""
-
-    pieces: tuple[Piece, ...]
+    hosts: tuple[torch.Tensor, ...]
+    sources: tuple[FileRange | None, ...]
+    starts: tuple[int, ...]
     nbytes: int
 
     @classmethod
-    def of(cls, block: nn.Module) -> BlockLayout:
-        """Of the tensors that the block's Linears hold now, which become the host's own."""
-        pieces, start = [], 0
-        for linear in frozen_linears(block):
-            for name, tensor in linear.stored_tensors().items():
-                pieces.append(Piece(linear, name, start, tensor.detach(), range_of(tensor)))
-                start += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return cls(tuple(pieces), start)
+    def packed(cls, hosts: Iterable[torch.Tensor]) -> Flat:
+        return cls(*_placed(tuple(hosts)))
 
     @property
     def in_file(self) -> bool:
         """Whether some of it can be read from the model's file."""
-        return any(piece.source is not None for piece in self.pieces)
+        return any(source is not None for source in self.sources)
 
     def write(self, run: torch.Tensor, from_file: bool = False) -> None:
         """Fills a flat run of bytes (uint8, at least `nbytes` long) in host memory with the host's tensors.
@@ -61,33 +45,66 @@ class BlockLayout:
         They are copied from where they are (mapped files come page by page, as they are touched), or, `from_file`, read from
         their file if they have one. The bytes are the same.
         """
-        for piece, part in zip(self.pieces, self._parts(run), strict=True):
-            if from_file and piece.source is not None:
-                piece.source.read_into(run[piece.start : piece.stop])
+        for host, source, start, part in zip(self.hosts, self.sources, self.starts, self.parts(run), strict=True):
+            if from_file and source is not None:
+                source.read_into(run[start : start + host.nbytes])
             else:
-                part.copy_(piece.host)
+                part.copy_(host)
+
+    def parts(self, run: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors in a flat run of bytes."""
+        pairs = zip(self.hosts, self.starts, strict=True)
+        return [run[start : start + host.nbytes].view(host.dtype).view(host.shape) for host, start in pairs]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout(Flat):
+    """The streamed tensors of one block. `owners` are the frozen Linear and the name of each."""
+
+    owners: tuple[tuple[FrozenLinear, str], ...]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> BlockLayout:
+        """Of the tensors that the block's Linears hold now, which become the host's own."""
+        found = [(linear, name, tensor) for linear in frozen_linears(block) for name, tensor in linear.stored_tensors().items()]
+        placed = _placed(tuple(tensor.detach() for *_, tensor in found))
+        return cls(*placed, tuple((linear, name) for linear, name, _ in found))
 
     def views(self, run: torch.Tensor) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
         """Each Linear with its tensors in a flat run of bytes."""
-        return self._by_linear(self._parts(run))
+        return self.by_linear(self.parts(run))
 
     def on_host(self) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
         """Each Linear with the host's tensors."""
-        return self._by_linear(piece.host for piece in self.pieces)
+        return self.by_linear(self.hosts)
 
     def absent(self) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
         """Each Linear with tensors that have no bytes: to compute with them is an error."""
-        return self._by_linear(piece.host.to("meta") for piece in self.pieces)
+        return self.by_linear([host.to("meta") for host in self.hosts])
 
-    def _parts(self, run: torch.Tensor) -> Iterator[torch.Tensor]:
-        for piece in self.pieces:
-            yield run[piece.start : piece.stop].view(piece.host.dtype).view(piece.host.shape)
-
-    def _by_linear(self, tensors: Iterator[torch.Tensor]) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
+    def by_linear(self, tensors: Sequence[torch.Tensor]) -> list[tuple[FrozenLinear, Mapping[str, torch.Tensor]]]:
+        """Each Linear with those of the tensors that take the place of its own."""
         found: dict[FrozenLinear, dict[str, torch.Tensor]] = {}
-        for piece, tensor in zip(self.pieces, tensors, strict=True):
-            found.setdefault(piece.linear, {})[piece.name] = tensor
+        for (linear, name), tensor in zip(self.owners, tensors, strict=True):
+            found.setdefault(linear, {})[name] = tensor
         return list(found.items())
+
+
+_Placed = tuple[tuple[torch.Tensor, ...], tuple[FileRange | None, ...], tuple[int, ...], int]
+
+
+def _placed(hosts: tuple[torch.Tensor, ...]) -> _Placed:
+    """The fields of a Flat: where each of the tensors begins, and where the last one ends; aligned."""
+    starts, end = [], 0
+    for host in hosts:
+        starts.append(end)
+        end += aligned(host.nbytes)
+    return hosts, tuple(map(range_of, hosts)), tuple(starts), end
+
+
+def aligned(nbytes: int) -> int:
+    """What a tensor of so many bytes takes of a run."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def frozen_linears(block: nn.Module) -> list[FrozenLinear]:

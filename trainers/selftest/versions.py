@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -12,8 +11,8 @@ import psutil
 import torch
 
 from ..device import allocator
-from ..launch import answer_of
 from ..machine import available_ram, size_text
+from ..nvidia_smi import has_time_limit, smi, smi_processes
 from .lines import Bench, Check, Line
 
 _GROUP = "versions and environment"
@@ -79,26 +78,6 @@ def _driver(bench: Bench) -> Line:
     if has_time_limit(model, display):
         return Line("driver", "ok", f"{text}; a kernel that runs for seconds is ended")
     return Line("driver", "ok", text)
-
-
-def has_time_limit(model: str, display: str) -> bool:
-    """Whether the system ends a kernel that runs for seconds: WDDM always, elsewhere where a screen is attached."""
-    return (sys.platform == "win32" and model != "TCC") or display == "Enabled"
-
-
-def smi(fields: str, uuid: str = "") -> list[str]:
-    """What nvidia-smi says of a GPU (the first, if none is named); empty when it is not there."""
-    which = [f"--id=GPU-{uuid.removeprefix('GPU-')}"] if uuid else []
-    answer = answer_of(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *which], 5.0)
-    lines = answer.strip().splitlines()
-    found = [field.strip() for field in lines[0].split(",")] if lines else []
-    return found if len(found) == len(fields.split(",")) else []
-
-
-def smi_processes() -> list[str]:
-    """The processes that compute on GPUs, but this one. Windows names also those that only draw."""
-    answer = answer_of(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], 5.0)
-    return [line for line in answer.split() if line.isdigit() and int(line) != psutil.Process().pid]
 
 
 def _version(package: str) -> str | None:

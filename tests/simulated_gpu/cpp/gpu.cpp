@@ -79,6 +79,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_device", [](int d) { use(d); });
   m.def("new_stream", [](int d) {
     Lock g(mu);
+    streams_made++;
     int s = clocks < CLOCKS ? clocks++ : DEVICES + clocks++ % (CLOCKS - DEVICES);
     device_of[s] = d;
     return s;
@@ -178,7 +179,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     all["races"] = races;
     all["misplaced"] = misplaced;
     all["host_waits"] = host_waits_at;
+    all["copies"] = copies;
     all["pageable"] = pageable;
+    all["streams_made"] = streams_made;
     all["operators"] = operators;
     all["contexts"] = contexts;
     return all;
@@ -188,7 +191,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     races.clear();
     misplaced.clear();
     host_waits_at.clear();
+    copies.clear();
     pageable.clear();
+    streams_made = 0;
     operators.clear();
     contexts.clear();
     registrations = 0;

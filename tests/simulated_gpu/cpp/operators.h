@@ -229,12 +229,13 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
     pinned = crosses && is_pinned(mem.data_ptr());
   }
   const bool cast = crosses && (!mem.is_contiguous() || self.scalar_type() != source.scalar_type());
-  const std::string line = crosses && (!non_blocking || !pinned || cast) ? where() : "";
+  const std::string line = crosses ? where() : "";
   {
     Lock g(mu);
     launched("aten::copy_", d, crosses && !non_blocking);
     op_now = "aten::copy_";
     operators[name]++;
+    if (crosses) copies[name + " @" + line]++;
     const int s = stream_now[d];
     tick(s);
     if (source.is_cuda() || pinned) access(base_of(source), false, s, name);

@@ -56,7 +56,8 @@ long registrations = 0;
 bool error_at_launch = false, error_at_wait = false;  // of a refused registration, returned once more to whoever launches or waits next
 std::map<std::string, size_t> context_growth;         // bytes of the GPU that the first use of an operator takes for good
 std::vector<std::string> races, misplaced;
-std::map<std::string, long> host_waits_at, pageable, operators, contexts;
+std::map<std::string, long> host_waits_at, copies, pageable, operators, contexts;
+long streams_made = 0;
 std::map<std::pair<std::string, size_t>, int> snapshot;
 size_t snapshot_above = SIZE_MAX;
 long allocations = 0, fail_at = -1, fail_count = 0;

@@ -6,15 +6,15 @@ import pytest
 import torch
 from adversary import refuse_unfinished
 
-from trainers.offload.layout import BlockLayout
+from trainers.offload.layout import Flat
 from trainers.offload.pinned import Buffer, warn_once
 
 
 @pytest.fixture(autouse=True)
 def host_memory_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    write, close = BlockLayout.write, Buffer.close
+    write, close = Flat.write, Buffer.close
 
-    def watched_write(layout: BlockLayout, run: torch.Tensor, *how: bool) -> None:
+    def watched_write(layout: Flat, run: torch.Tensor, *how: bool) -> None:
         refuse_unfinished(run)
         write(layout, run, *how)
 
@@ -22,7 +22,7 @@ def host_memory_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_unfinished(buffer.bytes)
         close(buffer)
 
-    monkeypatch.setattr(BlockLayout, "write", watched_write)
+    monkeypatch.setattr(Flat, "write", watched_write)
     monkeypatch.setattr(Buffer, "close", watched_close)
 
 

@@ -13,6 +13,7 @@ from adversary import Adversary
 from test_blocks import Model, gradients, streamed
 from test_experts import job as job_of_two_experts
 from test_experts import two_experts  # noqa: F401 (autouse)
+from tiny import TinyShape
 
 from trainers.offload import pinned
 from trainers.offload.activations import Arena
@@ -255,8 +256,9 @@ def test_a_refused_pinned_tensor_stays_as_it_is(monkeypatch):
     assert not is_out_of_memory(caught.value)
 
 
-def test_experts_share_one_arena(tmp_path):
-    """Host memory for inputs after both experts' turns is what one of them took."""
+def test_experts_share_one_arena(tmp_path, monkeypatch):
+    """Host memory for inputs after both experts' turns is what one of them took. Of three blocks, the middle one's leaves."""
+    monkeypatch.setattr("test_experts.TinyShape", lambda: TinyShape(layers=3))
     memory = {"activations": "host"}
     training = open_training(Run.create(job_of_two_experts(tmp_path, memory=memory, gradient_checkpointing=True)))
     arenas, taken = {}, []

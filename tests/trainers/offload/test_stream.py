@@ -150,7 +150,7 @@ def test_closing_gives_the_files_tensors_back():
     assert ring.stream.private_bytes == 0
     for block, wanted, layout in zip(ring.blocks, ring.wanted, ring.layouts, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(contents(block), wanted, strict=True))
-        hosts = {piece.host.data_ptr() for piece in layout.pieces}
+        hosts = {host.data_ptr() for host in layout.hosts}
         assert {t.data_ptr() for linear in frozen_linears(block) for t in linear.stored_tensors().values()} == hosts
 
 
