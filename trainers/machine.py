@@ -5,7 +5,6 @@ Rates are bytes or operations per second. Sizes in GiB are multiples of 2**30 by
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import sys
 from collections.abc import Mapping
@@ -185,25 +184,20 @@ def empty_card(device: torch.device) -> Machine:
     return replace(machine, name=properties.name, bf16=not older, turing=older, kernel_time_limit=limited)
 
 
-def has_kernel_time_limit(device: torch.device, system: str = sys.platform) -> bool:
-    """Whether a kernel that runs for seconds is ended. Asked of the driver; under Windows, and WSL in it, always.
+def has_kernel_time_limit(device: torch.device, system: str = sys.platform, devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether a kernel that runs for seconds is ended, as a GPU that draws a display does: under Windows, and WSL in it, always.
 
-    Where there is no driver to ask (ROCm), there is taken to be no limit.
+    Under Linux where the kernel says that a display is connected to the GPU: PyTorch does not ask the driver itself
+    (cudaDevAttrKernelExecTimeout), and what is computed is the same either way.
     """
     if system == "win32" or "microsoft" in platform.release().lower():
         return True
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")  # of NVIDIA's driver; PyTorch has loaded it
-    except OSError:
+    found = torch.cuda.get_device_properties(device)
+    place = [getattr(found, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+    if None in place:
         return False
-    gpu, limited = ctypes.c_int(), ctypes.c_int()
-    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(gpu), device.index)
-    failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(limited), _KERNEL_EXEC_TIMEOUT, gpu)
-    return not failed and bool(limited.value)
-
-
-_KERNEL_EXEC_TIMEOUT = 17
-"""CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT of CUDA's driver, whose public headers number it so."""
+    folder = devices / "{:04x}:{:02x}:{:02x}.0".format(*place)
+    return any(_text(path).strip() == "connected" for path in folder.glob("drm/card*/card*/status"))
 
 
 def size_text(byte_count: int) -> str:
@@ -253,7 +247,7 @@ def available_in_cgroup(files: Mapping[str, str]) -> int | None:
     return max(int(limit) - int(used) + reclaimable, 0)
 
 
-def _text(path: str) -> str:
+def _text(path: str | Path) -> str:
     try:
         return Path(path).read_text("utf-8")
     except (OSError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -207,32 +206,15 @@ def test_the_plan_counts_what_it_takes(launches: Launches, tmp_path: Path) -> No
     assert peaks[1] > peaks[0]
 
 
-class Driver:
-    """As NVIDIA's: GPU 1 drives a display."""
-
-    def cuInit(self, flags: int) -> int:
-        return 0
-
-    def cuDeviceGet(self, found: Any, ordinal: int) -> int:
-        found._obj.value = 100 + ordinal
-        return 0 if ordinal < 2 else 101
-
-    def cuDeviceGetAttribute(self, found: Any, attribute: int, gpu: Any) -> int:
-        assert attribute == 17
-        found._obj.value = int(gpu.value == 101)
-        return 0
-
-
-def test_the_driver_says_whether_there_is_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_draws_a_display_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU 1 has a connected display, GPU 0 a socket for one, GPU 2 says not where it is."""
     monkeypatch.setattr("platform.release", lambda: "6.1.0")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    assert [has_kernel_time_limit(torch.device("cuda", index), "linux") for index in range(3)] == [False, True, False]
-
-    def no_driver(name: str) -> SimpleNamespace:
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", no_driver)
-    assert not has_kernel_time_limit(torch.device("cuda", 0), "linux")
-    assert has_kernel_time_limit(torch.device("cuda", 0), "win32")
+    places = [{"pci_domain_id": 0, "pci_bus_id": 10 + index, "pci_device_id": 0} for index in range(2)] + [{}]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**places[device.index]))
+    for folder, status in (("0000:0a:00.0/drm/card0/card0-DP-1", "disconnected"), ("0000:0b:00.0/drm/card1/card1-DP-2", "connected")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "status").write_text(f"{status}\n")
+    assert [has_kernel_time_limit(torch.device("cuda", index), "linux", tmp_path) for index in range(3)] == [False, True, False]
+    assert has_kernel_time_limit(torch.device("cuda", 0), "win32", tmp_path)
     monkeypatch.setattr("platform.release", lambda: "5.15.153.1-microsoft-standard-WSL2")
-    assert has_kernel_time_limit(torch.device("cuda", 0), "linux")
+    assert has_kernel_time_limit(torch.device("cuda", 0), "linux", tmp_path)
