@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -192,11 +193,10 @@ def has_kernel_time_limit(device: torch.device, system: str = sys.platform, devi
     """
     if system == "win32" or "microsoft" in platform.release().lower():
         return True
-    found = torch.cuda.get_device_properties(device)
-    place = [getattr(found, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
-    if None in place:
+    found: Any = torch.cuda.get_device_properties(device)
+    if not hasattr(found, "pci_bus_id"):
         return False
-    folder = devices / "{:04x}:{:02x}:{:02x}.0".format(*place)
+    folder = devices / f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
     return any(_text(path).strip() == "connected" for path in folder.glob("drm/card*/card*/status"))
 
 
