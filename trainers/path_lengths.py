@@ -59,14 +59,13 @@ def _folder(path: str) -> PureWindowsPath:
 
 
 def _long_paths_work() -> bool:
-    """Whether this process may use longer paths: on Windows its settings say so, and this Python that it can."""
+    """Whether longer paths may be used: on Windows a setting says so, and Python's own executables declare that they can."""
     if sys.platform != "win32":
         return True
-    import ctypes
+    import winreg
 
     try:
-        enabled = ctypes.WinDLL("ntdll").RtlAreLongPathsEnabled
-    except (AttributeError, OSError):  # before version 1607 of Windows 10
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key:
+            return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
+    except OSError:  # before version 1607 of Windows 10
         return False
-    enabled.restype = ctypes.c_ubyte
-    return bool(enabled())

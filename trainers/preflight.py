@@ -19,7 +19,6 @@ from .checkpoint import Checkpoint
 from .condition_problems import clip_problems, condition_problems, preview_problems
 from .data.encoded import Encoded
 from .device import Hardware, no_gpu_problem, pick_device, pick_precision, precision_problem
-from .environment import started_processes
 from .errors import JobError, Problem, ProblemsError, RunError, VideoTrainerError
 from .even_blocks import block_problem
 from .family import Detection, Family, detect, detect_vae, family_of
@@ -193,7 +192,6 @@ def _expert_problems(job: Job, detection: Detection) -> Iterator[Problem]:
 
 
 def _setting_problems(job: Job, started: bool, family: Family | None = None, is_elsewhere: bool = False) -> Iterator[Problem]:
-    yield from _process_problems()
     if problem := path_problem(job):
         yield problem
     yield from quantise_problems(job)
@@ -209,12 +207,6 @@ def _setting_problems(job: Job, started: bool, family: Family | None = None, is_
             attempt()
         except VideoTrainerError as error:
             yield from _problems("", error)
-
-
-def _process_problems() -> Iterator[Problem]:
-    if (count := started_processes()) > 1:
-        remedy = 'Start it once, without torchrun or accelerate launch; for a second GPU start another job with device "cuda:1".'
-        yield Problem(f"{count} processes were started together (WORLD_SIZE)", "a run is trained by one process, on one GPU", remedy)
 
 
 def _memory_problems(job: Job) -> Iterator[Problem]:

@@ -8,9 +8,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from .awake import awake
-from .environment import allow_determinism, go_offline, use_memory_without_gaps
-from .errors import VideoTrainerError
+from .environment import allow_determinism, go_offline, started_processes, use_memory_without_gaps
+from .errors import JobError, Problem, VideoTrainerError
 from .lock import FileLock, device_lock
 from .run import Run
 from .run_status import OUTCOMES, Outcome
@@ -40,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 def _work(run: Run) -> int:
     run.event("queued")
     try:
+        _refuse_other_processes()
         while (outcome := _train(run)) == "paused" and run.requested() is None:
             gc.collect()  # the pause was taken back: go on, without what the first training left in reference cycles on the GPU
     except Exception as error:
@@ -50,6 +50,15 @@ def _work(run: Run) -> int:
     run.clear("pause")
     run.event(outcome)
     return 0
+
+
+def _refuse_other_processes() -> None:
+    """Raises JobError. Asked here and nowhere else: a worker that `launch` starts inherits none of this from ComfyUI."""
+    if (count := started_processes()) > 1:
+        remedy = 'Start it once, without torchrun or accelerate launch; for a second GPU start another job with device "cuda:1".'
+        raise JobError(
+            Problem(f"{count} processes were started together (WORLD_SIZE)", "a run is trained by one process, on one GPU", remedy)
+        )
 
 
 def _train(run: Run) -> Outcome:
@@ -65,8 +74,7 @@ def _train(run: Run) -> Outcome:
 
         step = run.latest_checkpoint()
         run.event("training" if step is None else "resumed", step=step or 0)
-        with awake():
-            return train(run)
+        return train(run)
     finally:
         lock.release()
 

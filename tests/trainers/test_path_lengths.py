@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,14 @@ PORTABLE = "C:\\ComfyUI_windows_portable\\ComfyUI"
 @pytest.fixture(autouse=True)
 def on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_lengths, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setitem(sys.modules, "winreg", registry(0))
+
+
+def registry(long_paths_enabled: int) -> Any:
+    """Windows' registry as the module `winreg` reads it."""
+    keys = {"SYSTEM\\CurrentControlSet\\Control\\FileSystem": {"LongPathsEnabled": (long_paths_enabled, 4)}}
+    query = lambda key, name: keys[key][name]  # noqa: E731
+    return SimpleNamespace(HKEY_LOCAL_MACHINE=None, OpenKey=lambda _, key: nullcontext(key), QueryValueEx=query)
 
 
 def job(name: str, root: str = PORTABLE, **fields: Any) -> Job:
@@ -66,6 +75,11 @@ def test_it_is_said_before_anything_is_encoded_and_before_anything_is_loaded(tmp
 
 def test_elsewhere_and_where_windows_was_set_up_for_it_long_paths_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_lengths, "sys", SimpleNamespace(platform="linux"))
+    assert path_problem(job("a" * 100)) is None
+
+
+def test_long_paths_are_allowed_where_windows_is_set_up_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "winreg", registry(1))
     assert path_problem(job("a" * 100)) is None
 
 
