@@ -41,10 +41,6 @@ UNPINNED_SHARE = 0.25
 CHUNKS = (1, 2, 4, 8)
 
 
-_UPDATE = {"adamw": 1, "adamw8bit": 1, "adamw_kahan": 2, "prodigy": 1}
-"""What moving the weights takes, in the bytes of all of them: their gradients; optimi's foreach functions as much again."""
-
-
 def optimizer_bytes(kind: str, numbers: int, byte_count: int) -> int:
     """What an optimizer's state takes for trained numbers that take `byte_count` themselves; those in bf16 and float32 may be mixed.
 
@@ -229,7 +225,7 @@ def _priced(job: Job, model: ModelBytes, machine: Machine, arrangement: Arrangem
         placement,
         weights_bytes=placement.device_bytes + model.beside,
         trained_bytes=model.trained * (model.parameter_bytes + state),
-        step_bytes=max(step.peak_bytes, _UPDATE[job.optimizer.kind] * model.parameter_bytes),
+        step_bytes=max(step.peak_bytes, model.parameter_bytes),
         host_bytes=host,
         compute_seconds=forward + backward,
         copy_seconds=2 * way + 2 * inputs,

@@ -23,7 +23,7 @@ capability = (8, 0)
 name = "Simulated GPU"
 _WARMED = ("bitsandbytes", "peft", "accelerate", "transformers", "diffusers")
 """Look for CUDA libraries when they are imported; done while torch still says it has no CUDA."""
-_WHOLE = ("quantize_4bit", "dequantize_4bit", "optimizer_update_8bit_blockwise")
+_WHOLE = ("quantize_4bit", "dequantize_4bit")
 """Of bitsandbytes: one kernel each on a GPU, which takes nothing but what it gives. Its portable ones take four times the weights."""
 
 

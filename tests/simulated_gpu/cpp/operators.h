@@ -163,8 +163,9 @@ struct Call {
   void run() {
     std::optional<DeviceRandomness> random;
     if (op.hasTag(at::Tag::nondeterministic_seeded)) random.emplace(device);
-    // XPU stands for any device: a library's composition of other operators, where its own kernel for the CPU is another matter.
-    op.redispatchBoxed(c10::DispatchKeySet(name.rfind("aten::", 0) == 0 ? c10::DispatchKey::CPU : c10::DispatchKey::XPU), stack);
+    // XPU stands for any device: it gives a library's composition of other operators, where its kernel for the CPU is another matter.
+    const bool composed = name.rfind("aten::", 0) != 0 && op.hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd);
+    op.redispatchBoxed(c10::DispatchKeySet(composed ? c10::DispatchKey::XPU : c10::DispatchKey::CPU), stack);
   }
 
   // An operator that resized a tensor it wrote gave its CPU stand-in other memory.
