@@ -87,7 +87,7 @@ def wide_job(files: Path, folder: Path, family: Family, variant: Variant, stored
     base = {
         "transformer": str(bases[0]),
         **({"vae": vae} if vae else {}),
-        **({"variant": variant.id} if family.id in ("wan", "hunyuan") else {}),
+        "variant": variant.id,
     }
     if len(bases) == 2:
         base["transformer_low_noise"] = str(bases[1])
