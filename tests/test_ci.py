@@ -56,6 +56,7 @@ def test_both_processes_of_tests_run_and_either_fails_the_whole(tmp_path: Path) 
         assert [line for line in runs.read_text().splitlines() if "pytest" in line] == [
             "-m pytest -n 2 -m not slow and not matrix",
             "-m pytest -p simulated_gpu.plugin tests/simulated_gpu -n 2 -m not slow and not matrix",
+            "-m pytest -p simulated_gpu.plugin tests/simulated_gpu/test_second_gpu.py -m not slow and not matrix",
         ]
 
 

@@ -308,7 +308,8 @@ def test_plan_says_what_is_trained_and_how_large_it_becomes(tmp_path):
     assert f"output   {tmp_path / 'models' / 'tiny'}" in text
     assert "LoRA" not in text
     price = plan.memory.price
-    assert price.trained_bytes == (4 + 8) * parameters, "weights and AdamW's two averages, in float32"
+    exact, rounded = (4 + 8) * parameters, 3 * 512 * 100  # three tensors for each of at most 100 weights, in pieces of 512 bytes
+    assert exact <= price.trained_bytes <= exact + rounded, "weights and AdamW's two averages, in float32"
     assert price.weights_bytes <= 2**20, "all weights are trained; what is frozen are tables of positions"
     assert price.step_bytes >= 4 * parameters, "the gradients of all weights"
     assert "all weights and optimizer" in text
