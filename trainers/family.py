@@ -294,6 +294,22 @@ class LoraTargets:
     feed_forward: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What `check` tries a device with: attention of the largest model, and a tiny model of the first variant.
+
+    `masked`: captions of different lengths in a batch need a mask. `config` is what of a tiny model differs from the defaults of
+    diffusers' class; `patch_side` in latents; `pooled_width` of a caption's second part, where a model has one.
+    """
+
+    heads: int
+    head_width: int
+    masked: bool
+    config: Mapping[str, Any]
+    patch_side: int = 2
+    pooled_width: int | None = None
+
+
 class Family(Protocol):
     """One model family. Implementations import diffusers inside `build*`, never at import."""
 
@@ -313,6 +329,7 @@ class Family(Protocol):
     """The forward passes of its classes of blocks, for parts of the sequence where attention is not needed."""
     control: ControlLoras | None
     """Those that are applied; None: there are none."""
+    trial: Trial
 
     def latent(self, variant: Variant) -> LatentSpec: ...
 

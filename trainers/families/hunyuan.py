@@ -32,6 +32,7 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
+    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -123,6 +124,16 @@ class Hunyuan:
     precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = None
+    trial = Trial(
+        heads=24,
+        head_width=128,
+        masked=True,
+        config={
+            **{"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 1, "num_single_layers": 2, "text_embed_dim": 32},
+            **{"pooled_projection_dim": 16, "image_condition_type": None},
+        },
+        pooled_width=16,
+    )
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT

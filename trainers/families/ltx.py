@@ -35,6 +35,7 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
+    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -168,6 +169,16 @@ class Ltx:
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = ControlLoras(
         "reference", r"(lora_unet_)?transformer_blocks[._]\d+[._](attn1|attn2|ff)[._]", comfyui_model="LTXV"
+    )
+    trial = Trial(
+        heads=32,
+        head_width=64,
+        masked=True,
+        config={
+            **{"num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256, "num_layers": 3},
+            **{"caption_channels": 32, "causal_temporal_positioning": False},
+        },
+        patch_side=1,
     )
 
     def latent(self, variant: Variant) -> LatentSpec:

@@ -29,6 +29,7 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
+    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -186,6 +187,15 @@ class Mochi:
     precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = None
+    trial = Trial(
+        heads=24,
+        head_width=128,
+        masked=True,
+        config={
+            **{"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 3, "time_embed_dim": 32, "text_embed_dim": 32},
+            **{"pooled_projection_dim": 32, "in_channels": 12, "out_channels": 12},
+        },
+    )
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT

@@ -39,6 +39,7 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
+    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -83,6 +84,15 @@ class Wan:
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = ControlLoras(
         "channels", r"(lora_unet_)?(blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]|patch_embedding\.)", comfyui_model="WAN21"
+    )
+    trial = Trial(
+        heads=40,
+        head_width=128,
+        masked=False,
+        config={
+            **{"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 3, "ffn_dim": 256, "text_dim": 32, "freq_dim": 32},
+            **{"patch_size": (1, 2, 2), "rope_max_seq_len": 1024, "in_channels": 16, "out_channels": 16},
+        },
     )
 
     def latent(self, variant: Variant) -> LatentSpec:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import conv3d, rms_norm, scaled_dot_product_attention
 
-from ..family import families
+from ..family import Family, Trial, families
 from ..machine import size_text
 from ..offload.packing import dequantise
 from ..quantise import fp8_by_rows
@@ -24,35 +23,17 @@ _UNHURRIED_SECONDS = 0.03
 _PIXELS, _FRAMES = 768, 81
 
 
-@dataclass(frozen=True)
-class Heads:
-    """The attention of a family's largest model. `masked`: captions of different lengths in a batch need a mask."""
-
-    family: str
-    count: int
-    width: int
-    masked: bool = False
-
-
-HEADS = (
-    Heads("wan", 40, 128),
-    Heads("ltx", 32, 64, masked=True),
-    Heads("hunyuan", 24, 128, masked=True),
-    Heads("mochi", 24, 128, masked=True),
-)
-
-
 def _attention(bench: Bench) -> Iterator[Line]:
-    for heads in HEADS:
-        for masked in (False, True) if heads.masked else (False,):
-            yield _attention_of(bench, heads, masked)
+    for family in families().values():
+        for masked in (False, True) if family.trial.masked else (False,):
+            yield _attention_of(bench, family, masked)
 
 
-def _attention_of(bench: Bench, heads: Heads, masked: bool) -> Line:
-    device, dtype = bench.device, bench.dtypes_of(families()[heads.family])[0]
-    name = f"attention {heads.family}{', mask' if masked else ''}"
-    tokens = _affordable_tokens(heads, device, dtype)
-    parts = _parts(heads, tokens, device, dtype)
+def _attention_of(bench: Bench, family: Family, masked: bool) -> Line:
+    device, dtype = bench.device, bench.dtypes_of(family)[0]
+    name = f"attention {family.id}{', mask' if masked else ''}"
+    tokens = _affordable_tokens(family.trial, device, dtype)
+    parts = _parts(family.trial, tokens, device, dtype)
     mask = torch.arange(tokens, device=device).view(1, 1, 1, -1) < 7 * tokens // 8 if masked else None
     error = _attention_error(parts, mask)
     query, key, value = parts
@@ -62,7 +43,7 @@ def _attention_of(bench: Bench, heads: Heads, masked: bool) -> Line:
     backward = seconds_of(lambda: torch.autograd.grad(output, parts, gradient, retain_graph=True), device)
     if not error <= _TOLERANCE[dtype]:
         return Line(name, "failed", f"off by {error:.1%} of the largest value", 'Update PyTorch, or set speed.attention to "xformers".')
-    largest = _tokens_of(heads)
+    largest = _tokens_of(family)
     launch = backward * (largest / tokens) ** 2
     kernel = _kernel(query, key, value, mask)
     text = f"{kernel}, right to {error:.1e}, {1000 * (forward + backward):.3g} ms for {tokens} tokens"
@@ -73,15 +54,15 @@ def _attention_of(bench: Bench, heads: Heads, masked: bool) -> Line:
     return Line(name, state, text, remedy)
 
 
-def _parts(heads: Heads, tokens: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+def _parts(trial: Trial, tokens: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Query, key and value."""
-    shape, generator = (1, heads.count, tokens, heads.width), torch.Generator().manual_seed(0)
+    shape, generator = (1, trial.heads, tokens, trial.head_width), torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
 
 
-def _affordable_tokens(heads: Heads, device: torch.device, dtype: torch.dtype) -> int:
+def _affordable_tokens(trial: Trial, device: torch.device, dtype: torch.dtype) -> int:
     """As many as a device attends to in a moment: a multiple of 128."""
-    query, key, value = _parts(heads, _FEW_TOKENS, device, dtype)
+    query, key, value = _parts(trial, _FEW_TOKENS, device, dtype)
     seconds = seconds_of(lambda: scaled_dot_product_attention(query, key, value), device, at_least=0.0)
     times = int((_UNHURRIED_SECONDS / seconds) ** 0.5)
     return min(max(times, 1) * _FEW_TOKENS, _MOST_TOKENS)
@@ -117,9 +98,8 @@ def _kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
         return "a kernel of its own"
 
 
-def _tokens_of(heads: Heads) -> int:
+def _tokens_of(family: Family) -> int:
     """Of a clip of 768x768 pixels and 81 frames, or what of it the model takes."""
-    family = families()[heads.family]
     spec = family.latent(family.variants[0])
     side = _PIXELS // spec.spatial_step * spec.spatial_step
     return spec.tokens(spec.floor_num_frames(_FRAMES), side, side)

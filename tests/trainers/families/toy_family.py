@@ -26,6 +26,7 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
+    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -106,6 +107,7 @@ class Toy:
     precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = ()
     control = None
+    trial = Trial(1, 16, masked=False, config={"width": 16, "channels": 6, "text_dim": 16, "layers": 2}, patch_side=1)
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT
