@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint
+from .device import find_device
 from .errors import CheckpointError, Problem
 from .family import IMAGE_EMBEDS, IMAGE_TEXT, Family, LatentSpec, TextRecord, Variant, detect_vae
 
@@ -76,7 +77,7 @@ class FolderEncoder:
     """An `Encoder` of files. Opening it reads headers; a model is loaded when it is first asked to encode.
 
     The VAE runs in float32 on every device (its latents are what every step learns from; twice the memory of bfloat16), the
-    others in bfloat16 on a CUDA card and as they are stored elsewhere. Nothing is looked for on the network.
+    others in bfloat16 on a CUDA GPU and as they are stored elsewhere. Nothing is looked for on the network.
     """
 
     def __init__(self, family: Family, variant: Variant, files: EncoderFiles, device: str | torch.device = "auto") -> None:
@@ -87,9 +88,7 @@ class FolderEncoder:
         self.required = family.required(variant)
         self._family, self._variant = family, variant
         self._files = files
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self._device = find_device(str(device))
         self._loaded: tuple[str, dict[str, Any]] = ("", {})
 
     @cached_property

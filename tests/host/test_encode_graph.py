@@ -93,6 +93,7 @@ def all_there(texts: int, latents: int = CLIPS) -> str:
     return f"clips: 0 encoded, {latents} already there; texts: 0 encoded, {texts} already there"
 
 
+@pytest.mark.slow
 def test_once_encoded_nothing_is_loaded_again_even_after_a_restart(make_server: Callable[..., Server], clips: Path):
     server = make_server()
     own_vae = server.base_directory / "models" / "vae" / VAE

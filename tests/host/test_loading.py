@@ -75,9 +75,14 @@ def test_the_log_of_the_start_has_no_complaint(server):
 
 
 @pytest.fixture(scope="module")
-def loaded_packs(comfyui, tmp_path_factory):
+def custom_nodes(tmp_path_factory):
+    return tmp_path_factory.mktemp("custom_nodes")
+
+
+@pytest.fixture(scope="module")
+def loaded_packs(comfyui, custom_nodes):
     """What ComfyUI says of this pack ("whole"), and of copies in which something fails. One process loads all: its start takes seconds."""
-    folder = tmp_path_factory.mktemp("custom_nodes")
+    folder = custom_nodes
     for part in ("nodes", "trainers"):
         compileall.compile_dir(PACK / part, quiet=1)
     link_folder(folder / PACK_FOLDER, PACK)
@@ -95,12 +100,17 @@ def _break(folder: Path, file: str, content: str) -> None:
     (folder / file).write_text(content, "utf-8")
 
 
-def test_the_import_is_fast_and_loads_nothing_heavy(loaded_packs):
+def test_the_import_is_fast_and_loads_nothing_heavy(loaded_packs, comfyui, custom_nodes):
+    """The processor's seconds, since the clock counts other processes, too; the fewest of three, since those slow a processor down."""
     pack = loaded_packs[PACK_FOLDER]
     assert pack["loaded"], pack["log"]
     print(f"import: {pack['seconds']:.3f} s, {pack['processor_seconds']:.3f} s of the processor, {len(pack['modules'])} modules")
     assert {name.split(".")[0] for name in pack["modules"]} & HEAVY == set()
-    assert pack["processor_seconds"] <= LONGEST_IMPORT_SECONDS  # the clock counts other processes of a busy machine too
+    seconds = [pack["processor_seconds"]]
+    while min(seconds) > LONGEST_IMPORT_SECONDS and len(seconds) < 3:
+        (again,) = comfyui.call("load_packs.py", folders=[str(custom_nodes / PACK_FOLDER)])
+        seconds.append(again["processor_seconds"])
+    assert min(seconds) <= LONGEST_IMPORT_SECONDS
 
 
 @pytest.mark.parametrize(("name", "file"), [("frame", "nodes/__init__.py"), ("module", "nodes/models.py"), ("schema", "nodes/models.py")])

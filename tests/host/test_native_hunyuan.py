@@ -91,7 +91,7 @@ def load(path: Path, variant: str) -> torch.nn.Module:
         (T2V, TWO_HEADS, torch.float32),
         (I2V_V1, TWO_HEADS, torch.float32),
         (I2V_V2, TWO_HEADS, torch.float32),
-        (I2V_V2, TRUE_WIDTH, torch.bfloat16),
+        pytest.param(I2V_V2, TRUE_WIDTH, torch.bfloat16, marks=pytest.mark.slow),
     ],
     ids=["T2V", "I2V v1", "I2V v2", "one layer of each kind at true width, v2"],
 )

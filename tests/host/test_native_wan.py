@@ -99,7 +99,7 @@ def check(case: Case, folder: Path, tasks: list[dict[str, Any]], told: list[Any]
     assert not [line for answer in told for line in answer["log"] if "not loaded" in line.lower()]
 
 
-@pytest.mark.parametrize("cases", [TINY, WIDE], ids=["tiny", "one layer at true width"])
+@pytest.mark.parametrize("cases", [TINY, pytest.param(WIDE, marks=pytest.mark.slow)], ids=["tiny", "one layer at true width"])
 def test_every_variant_answers_alike_without_and_with_a_lora(comfyui: ComfyUI, tmp_path: Path, cases: list[Case]):
     tasks = []
     for number, case in enumerate(cases):

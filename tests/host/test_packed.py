@@ -14,6 +14,7 @@ def _files(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
 
 
+@pytest.mark.slow
 def test_the_published_pack_trains_and_nothing_is_written_into_it(make_server, tmp_path):
     pytest.importorskip("comfy_cli", reason="packing needs comfy-cli (requirements-test.txt)")
     packed = pack(tmp_path / "packed")

@@ -209,6 +209,7 @@ def test_after_a_reload_of_the_page_a_run_is_followed_again(page, any_server, re
         _wait_for_report(page, TRAIN, "7 of 100 steps (7 %)")
 
 
+@pytest.mark.slow
 def test_a_training_that_the_page_starts_is_followed_in_its_node(server, pages):
     """Through the queue with a real worker, on the built-in model and clips."""
     workflow = json.loads((ROOT / "workflows" / "tiny_wan_train_and_sample.json").read_text("utf-8"))

@@ -102,6 +102,7 @@ def test_cancelling_the_wait_leaves_the_run_alone(server: Server, runs, clips: P
     until(lambda: not runs("long").live)
 
 
+@pytest.mark.slow
 def test_another_setting_is_another_run(server: Server, runs, clips: Path):
     server.prompt(waiting(training_graph(str(clips), steps=1, name="twice", **QUICK)))
     told = server.prompt(waiting(training_graph(str(clips), steps=2, name="twice", **QUICK)))["outputs"]["train"]["text"][0]
@@ -110,6 +111,7 @@ def test_another_setting_is_another_run(server: Server, runs, clips: Path):
     assert runs("twice-2").job.steps == 2
 
 
+@pytest.mark.slow
 def test_comfyui_forgets_its_models_when_it_shall_give_up_its_ram(server: Server, runs, clips: Path):
     graph = training_graph(str(clips), steps=1, name="alone", **QUICK)
     for _ in range(2):  # the first one makes the folder of what is encoded
@@ -165,6 +167,7 @@ def test_a_run_may_start_from_a_lora_that_is_listed_or_anywhere(server: Server, 
         assert Path(runs(name).job.start.initial_lora) == lora
 
 
+@pytest.mark.slow
 def test_data_that_were_deleted_are_encoded_again_by_the_same_run(server: Server, runs, clips: Path):
     graph = waiting(training_graph(str(clips), steps=1, name="before", **QUICK))
     server.prompt(graph)

@@ -18,6 +18,8 @@ from trainers.demo.videos import Models, read_videos, sample_videos
 from trainers.demo.world import NUM_FRAMES, SIDE
 from trainers.run import Run
 
+pytestmark = pytest.mark.slow
+
 NAME = "diagonally"
 CAPTIONS = demo.asked_captions()[: demo.CONCEPT_VIDEOS]
 

@@ -27,6 +27,7 @@ def lines_of(checks: tuple[Check, ...], folder: Path) -> dict[str, Line]:
     return {line.name: line for line in run_checks(GPU, folder, checks=checks, limit_seconds=600.0).lines}
 
 
+@pytest.mark.matrix
 def test_every_line_runs_and_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "SIDE", 4)
     monkeypatch.setattr(blocks, "_WORTH_COPYING_BYTES", 0)

@@ -20,7 +20,7 @@ import full_size  # first: it says where the others are
 from cases import CASES
 
 OURS = [case for case in CASES if case.kind != "peer"]
-SOME = {"wan-14b 512x512x81 in 12 GiB", "wan-14b streamed beside resident"}
+SOME = {"wan-14b 512x512x81 in 12 GiB"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from simulated_gpu.gpu_runs import ARRANGEMENTS, FIRST_VARIANTS, job_on, trained
+from simulated_gpu.gpu_runs import ARRANGEMENTS, job_on, trained
+from trainers.family import families
 from trainers.job import Job
 from trainers.launch import last_log_lines, launch
 from trainers.measurements import Measurements
@@ -23,6 +24,7 @@ from trainers.training import lora_path
 
 TESTS = Path(__file__).parents[1]
 STEPS, EVERY = 16, 4
+WAN = families()["wan"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def comfyuis_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def job_in(folder: Path, **fields: Any) -> Job:
     """A job on the GPU, whose rates are known already: measuring them takes a CPU seconds."""
     values = {"steps": STEPS, "deterministic": True, "checkpoints": {"every_steps": EVERY}, "lora": {"rank": 2, "dropout": 0.1}}
-    job = job_on("cuda:0", folder, *FIRST_VARIANTS[0], **(values | {"memory": ARRANGEMENTS["mapped"]} | fields))
+    job = job_on("cuda:0", folder, WAN, WAN.variants[0], **(values | {"memory": ARRANGEMENTS["mapped"]} | fields))
     Path(job.runs_folder).mkdir(exist_ok=True)
     rates_of(torch.device("cuda", 0), torch.float32, None, Measurements(Path(job.runs_folder)))
     return job
@@ -110,6 +112,7 @@ def test_a_run_that_is_paused_killed_and_resumed_leaves_the_same_lora(tmp_path: 
     assert_same(run, straight)
 
 
+@pytest.mark.matrix
 def test_the_second_run_waits_for_the_gpu_and_has_the_allocator_it_was_designed_for(tmp_path: Path, straight: Run) -> None:
     """With ComfyUI's own one, of its environment, the limit on a run's memory would not hold."""
     first, *_ = handed_over(job_in(tmp_path / "first", name="first", steps=100_000))

@@ -66,6 +66,7 @@ def test_a_run_that_learns_nothing_any_more_ends(tmp_path: Path, monkeypatch: py
         train(run)
 
 
+@pytest.mark.matrix
 def test_steps_that_are_skipped_now_and_then_are_no_reason_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nineteen in a row, twice: a scale that settles. The scale is no higher than what was skipped, the losses are finite."""
     run = Run.create(fp16_job(tmp_path, steps=44))

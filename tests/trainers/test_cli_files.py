@@ -16,7 +16,7 @@ from trainers.run import find_run
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from clip_files import write_caption, write_video
-from test_folder_encoder import write_models
+from encoder_files import write_models
 from tiny import TinyShape, write_transformer
 
 GEOMETRY = ["--size", "32x32", "--frames", "5"]

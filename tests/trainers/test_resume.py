@@ -94,7 +94,7 @@ def kill_between_writing_and_rename(run: Run, step: int) -> None:
     assert list((run.folder / "checkpoints").glob(f".step-{step:06d}*")), "the checkpoint was written, and not yet renamed"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
 def test_ten_kills_leave_no_trace(tmp_path, optimizer):
     straight = Run.create(job_in(tmp_path / "straight", optimizer))
     straight_through(straight)

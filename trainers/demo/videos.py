@@ -12,6 +12,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..data.encoded import Encoded
 from ..data.video_file import write_video
+from ..device import find_device
 from ..family import detect, detect_vae
 from ..job import LoraSpec
 from ..load import load_transformer, load_vae
@@ -40,7 +41,7 @@ def sample_videos(folder: Path, models: Models, captions: Sequence[str], first_s
     checkpoint = Checkpoint.open(models.transformer)
     detection = detect(checkpoint)
     family, variant = detection.family, detection.variant
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device("auto")
     transformer = load_transformer(checkpoint, detection, device, torch.float32)
     if lora:
         adapter = read_lora(lora, family)

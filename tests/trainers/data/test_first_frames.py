@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from clip_files import numbered, write_caption, write_image, write_video
+from encoder_files import write_models
 from first_frames import ALWAYS, EVERYTHING, NEVER, FirstFrameWan
 from test_encode import GEOMETRY, SPEC, AverageEncoder
 from test_encoded import ITEM, make
-from test_folder_encoder import write_models
 
 from trainers.data.buckets import Geometry, plan_windows
 from trainers.data.cache import Cache

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from clip_files import write_caption, write_video
+from encoder_files import write_models
 
 from trainers.data.buckets import Geometry
 from trainers.data.scan import scan_folder
@@ -23,23 +24,6 @@ from trainers.stable_file import save_file
 
 WAN = families()["wan"]
 VARIANT = WAN.variants[0]
-WORDS = ("<pad>", "</s>", "<unk>", "a", "cat", "dog", "walks", "clip")
-
-
-def write_models(folder: Path) -> None:
-    from diffusers import AutoencoderKLWan
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(0)
-    AutoencoderKLWan(base_dim=8).save_pretrained(folder / "vae")
-    config = UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder / "tokenizer")
 
 
 @pytest.fixture(scope="module")

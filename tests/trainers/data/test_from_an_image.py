@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
-import hunyuan_encoders
 import numpy as np
 import pytest
 import torch
 from clip_files import write_caption, write_video
-from test_folder_encoder import write_models
-from tiny_families import filled, tiny_config, write_native_vae
+from encoder_files import Whole, whole
+from tiny_families import filled, write_native_vae
 
 from trainers import previews
 from trainers.data.buckets import Geometry
 from trainers.data.encoded import Encoded
 from trainers.data.scan import scan_folder
 from trainers.encoders import FirstFrames, encode_dataset
-from trainers.family import FIRST_FRAME, Detection, Family, Variant, families
+from trainers.family import FIRST_FRAME, Detection
 from trainers.folder_encoder import EncoderFiles, FolderEncoder, needed_parts
 from trainers.job import parse_job
 from trainers.load import native_state
@@ -30,48 +25,6 @@ from trainers.run import Run
 from trainers.stable_file import save_file
 from trainers.trainer import train
 from trainers.training import lora_path
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A model of a variant with its encoders, by `write`; `in_place`: its first frame is latent 0."""
-
-    family: Family
-    variant: Variant
-    config: dict[str, Any]
-    write: Callable[[Path], None]
-    in_place: bool
-
-
-def write_umt5_and_clip(folder: Path) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    write_models(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    CLIPVisionModel(CLIPVisionConfig(image_size=28, patch_size=14, **sizes)).save_pretrained(folder / "image_encoder")
-    (folder / "image_processor").mkdir()
-    (folder / "image_processor/preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor"}))
-
-
-def write_llava_and_clip(folder: Path) -> None:
-    hunyuan_encoders.llava().save_pretrained(folder / "text_encoder")
-    hunyuan_encoders.llama_tokenizer().save_pretrained(folder / "tokenizer")
-    hunyuan_encoders.clip().save_pretrained(folder / "text_encoder_2")
-    hunyuan_encoders.word_tokenizer().save_pretrained(folder / "tokenizer_2")
-    hunyuan_encoders.image_processor().save_pretrained(folder / "image_processor")
-
-
-def whole(variant_id: str) -> Whole:
-    family = next(family for family in families().values() if any(variant.id == variant_id for variant in family.variants))
-    variant = next(variant for variant in family.variants if variant.id == variant_id)
-    widths = {
-        "wan": {"text_dim": 16} | ({"image_dim": 16} if variant_id == "wan2.1-i2v" else {}),
-        "ltx": {"caption_channels": 16},
-        "hunyuan": {"text_embed_dim": 64, "pooled_projection_dim": 64},
-    }[family.id]
-    write = write_llava_and_clip if family.id == "hunyuan" else write_umt5_and_clip
-    in_place = variant_id in ("wan2.2-ti2v", "ltxv-2b-0.9.5", "hunyuan-i2v-v2")
-    return Whole(family, variant, tiny_config(family, variant) | widths, write, in_place)
 
 
 def encode(model: Whole, folder: Path) -> Encoded:
