@@ -13,8 +13,8 @@ LOWEST = .venv-lowest
 GPU_TESTS = PYTHONPATH=tests $(VENV)/bin/python -m pytest -p simulated_gpu.plugin tests/simulated_gpu
 # All processes of tests run, whatever the first one finds; the last one has two GPUs.
 RUN_TESTS = failed=0; \
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(CHOSEN) || failed=1; \
-	$(GPU_TESTS) -n $(WORKERS) --dist loadfile $(CHOSEN) || failed=1; \
+	$(VENV)/bin/python -m pytest -n $(WORKERS) $(CHOSEN) || failed=1; \
+	$(GPU_TESTS) -n $(WORKERS) $(CHOSEN) || failed=1; \
 	SIMULATED_DEVICES=2 $(GPU_TESTS)/test_second_gpu.py $(CHOSEN) || failed=1; \
 	exit $$failed
 WORKERS = 2

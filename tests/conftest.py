@@ -2,7 +2,8 @@
 times slower.
 
 With `-n 2` the tests of a real ComfyUI's server and page all run in one process, so that they share them; those that call
-ComfyUI's code alone (`test_native_*`) run together, too, in whichever process is free.
+ComfyUI's code alone (`test_native_*`) run together, too, in whichever process is free. Any other file's tests run in one process,
+so that what they share is made once.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """The groups of xdist 3.8 (`--dist loadgroup`) have no effect from pytest 9.2 on, and nothing says so."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class HostTestsTogether(LoadScopeScheduling):
+    class FilesTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((start for start in ("tests/host/test_native_", "tests/host/") if nodeid.startswith(start)), nodeid)
+            return next((start for start in ("tests/host/test_native_", "tests/host/") if nodeid.startswith(start)), nodeid.split("::")[0])
 
-    return HostTestsTogether(config, log)
+    config.option.loadscopereorder = False  # files with many tests are not those that take long
+    return FilesTogether(config, log)

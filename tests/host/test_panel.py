@@ -18,7 +18,7 @@ TAB = '[aria-label="Video Trainer"]'
 EVENT = "video_trainer.runs"
 
 
-@pytest.fixture(scope="module", params=["server", "newest_server"])
+@pytest.fixture(scope="module", params=[pytest.param("server", marks=pytest.mark.slow), "newest_server"])
 def page_of(request, pages):
     """(page, server) for each front end once."""
     server = request.getfixturevalue(request.param)
@@ -191,10 +191,8 @@ def test_stop_asks_first_and_pause_can_be_taken_back(tab, any_server):
         assert _buttons(tab, "steered") == []
 
 
-def test_a_real_training_is_paused_resumed_and_stopped_by_the_page(tab, any_server, tmp_path, request):
-    """Resumed by ComfyUI's own Python. Once is enough: for the page it is as the test above."""
-    if "newest_server" in request.node.callspec.id:
-        return
+def test_a_real_training_is_paused_resumed_and_stopped_by_the_page(tab, any_server, tmp_path):
+    """Resumed by ComfyUI's own Python."""
     folders = {"runs_folder": str(runs_folder(any_server)), "loras_folder": str(any_server.base_directory / "output" / "loras")}
     run = Run.create(tiny_job(tmp_path, name="real", steps=100_000, checkpoints={"every_steps": 50_000}, **folders))
     launch(run)

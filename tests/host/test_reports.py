@@ -50,7 +50,7 @@ def _graph(run: str | None = None, wait_mode: int = 0, variant: str = "read from
     return {"last_node_id": 4, "last_link_id": 2, "nodes": nodes, "links": links, "version": 0.4}
 
 
-@pytest.fixture(scope="module", params=["server", "newest_server"])
+@pytest.fixture(scope="module", params=[pytest.param("server", marks=pytest.mark.slow), "newest_server"])
 def any_server(request):
     return request.getfixturevalue(request.param)
 

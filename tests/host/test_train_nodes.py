@@ -123,6 +123,7 @@ def test_comfyui_forgets_its_models_when_it_shall_give_up_its_ram(server: Server
     until(lambda: runs("alone_in_ram").status().state == "done")
 
 
+@pytest.mark.slow
 def test_a_failure_says_why_with_the_end_of_the_log(server: Server, runs, tmp_path: Path):
     world.write_clips(tmp_path, world.random_scenes(2, seed=78))
     server.prompt(waiting(training_graph(str(tmp_path), steps=1, name="whole", **QUICK)))
@@ -160,6 +161,7 @@ def test_what_is_wrong_with_the_settings_is_said_before_anything_is_encoded(serv
     assert "VAE load device" not in server.log[log:]
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_a_lora_that_is_listed_or_anywhere(server: Server, runs, lora: Path, clips: Path):
     for name, chosen in (("from_list", "applied/applied-000001.safetensors"), ("from_path", str(lora))):
         server.prompt(waiting(training_graph(str(clips), steps=1, name=name, initial_lora=chosen, **QUICK)))

@@ -107,7 +107,7 @@ def opened(pages, request: pytest.FixtureRequest) -> Iterator[Callable[[str], tu
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("front_end", ["listing", "newest_listing"])
+@pytest.mark.parametrize("front_end", [pytest.param("listing", marks=pytest.mark.slow), "newest_listing"])
 def test_a_page_opens_it_as_it_was_meant(path: Path, front_end: str, opened: Callable[[str], tuple[Server, Any]]):
     from comfy_cli.workflow_to_api import convert_ui_to_api
 

@@ -151,6 +151,7 @@ def test_an_ltx_in_diffusers_layout_gets_the_header_that_a_native_file_needs(tmp
 # Resuming
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_the_run_that_was_never_touched(tmp_path):
     """Killed when the second checkpoint was written and had not got its name: the run goes on from the first."""
     settings = {

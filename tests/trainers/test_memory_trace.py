@@ -131,7 +131,13 @@ def test_few_blocks_stand_for_all(family_id: str, way: str) -> None:
     assert few.inputs_bytes == all_of_them.inputs_bytes
 
 
-@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.id)
+of_some_families = pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, id=family.id, marks=[] if family.id in ("wan", "ltx") else [pytest.mark.slow]) for family in families().values()],
+)
+
+
+@of_some_families
 def test_what_is_kept_of_operators_changes_nothing(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device each answer of an operator is found once for all blocks."""
     variant, tracer = traced(family, torch.bfloat16)
@@ -149,7 +155,7 @@ def test_inputs_are_as_large_wherever_they_wait(family: Family) -> None:
     assert there == elsewhere > 0
 
 
-@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.id)
+@of_some_families
 def test_with_dropout_parts_are_computed_once_more(family: Family) -> None:
     """Its draws follow each other: the last stretch of a block is computed before its gradient too."""
     flops = {}

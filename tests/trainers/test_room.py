@@ -328,6 +328,7 @@ def test_a_correction_for_which_there_is_no_room_is_not_the_end(wan_run, monkeyp
     trainer.optimize(training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free_bytes", [20 * 2**20])
 def test_what_cannot_fit_is_told_before_anything_is_loaded(wan_run, free_bytes):
     training = open_training(wan_run("too small"))

@@ -44,6 +44,7 @@ def test_isolated_python_trains_from_a_folder_of_any_name(tmp_path, oddly_named_
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there, and its own portable Python is what counts")
+@pytest.mark.slow
 def test_a_portable_python_trains(tmp_path, oddly_named_pack):
     python = _portable_python(tmp_path / "python_embeded")
     flags = _output([python, "-c", "import sys; print(sys.flags.isolated, sys.flags.safe_path, sys.executable)"])
