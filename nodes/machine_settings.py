@@ -40,7 +40,7 @@ def machine() -> tuple[Setting, ...]:
             io.Boolean,
             "deterministic",
             default=False,
-            tooltip="The same bits every time on a CUDA card too, where PyTorch can; slower.",
+            tooltip="The same bits every time on a GPU too, where PyTorch can; slower.",
         ),
     )
 

@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint
 from .device import find_device
 from .errors import CheckpointError, Problem
 from .family import IMAGE_EMBEDS, IMAGE_TEXT, Family, LatentSpec, TextRecord, Variant, detect_vae
+from .offload.copies import on_device
 
 _TOKENIZER_FILES = ("*.json", "*.model", "*.txt")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -117,16 +118,19 @@ class FolderEncoder:
 
     def encode_video(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
         """See Encoder."""
-        vae = self._model("vae", "vae")
-        return self._family.encode_video(vae, pixels_BCFHW.to(self._device)).float().cpu()
+        with on_device(self._device):
+            vae = self._model("vae", "vae")
+            return self._family.encode_video(vae, pixels_BCFHW.to(self._device)).float().cpu()
 
     def encode_text(self, prompts: Sequence[str], image_HWC: torch.Tensor | None = None) -> list[TextRecord]:
         """See Encoder."""
-        return self._family.encode_text(self._variant, self, prompts, image_HWC)
+        with on_device(self._device):
+            return self._family.encode_text(self._variant, self, prompts, image_HWC)
 
     def encode_image(self, image_HWC: torch.Tensor) -> torch.Tensor:
         """See Encoder."""
-        return self._family.encode_image(self, image_HWC).cpu()
+        with on_device(self._device):
+            return self._family.encode_image(self, image_HWC).cpu()
 
     def tokenizer(self, number: int = 1) -> Any:
         """See TextFolder."""

@@ -21,6 +21,7 @@ from .memory_limits import (
     pinnable_here,
     this_system,
 )
+from .offload.copies import on_device
 from .rates import ASSUMED_DISK_RATE, ASSUMED_HOST_COPY_RATE, rates_of
 
 GIB = 2**30
@@ -135,8 +136,12 @@ def this_machine(device: torch.device, dtype: torch.dtype, base: Path | None = N
     What it reads, computes and copies a second is measured, unless the runs folder has it (`measurements.py`), where it is kept.
     `base`: the model's file.
     """
+    with on_device(device):
+        return _machine(device, dtype, base, Measurements(runs_folder))
+
+
+def _machine(device: torch.device, dtype: torch.dtype, base: Path | None, kept: Measurements) -> Machine:
     ram = available_ram()
-    kept = Measurements(runs_folder)
     rates = rates_of(device, dtype, base, kept)
     if device.type == "cuda":
         free, total = free_after_warm_up(device, dtype)

@@ -244,6 +244,13 @@ def _exchange_device(device: int) -> int:
     return before
 
 
+def _maybe_exchange_device(device: int) -> int:
+    """Back to the device of before: no context is made there, if there is none."""
+    before = int(module.get_device())
+    module.maybe_set_device(device)
+    return before
+
+
 def _core_answers() -> dict[str, Callable[..., Any]]:
     return {
         "_cuda_getCurrentStream": lambda device: (module.get_stream(_index(device)), _index(device), 1),
@@ -253,7 +260,7 @@ def _core_answers() -> dict[str, Callable[..., Any]]:
         "_cuda_setDevice": module.set_device,
         "_cuda_getDevice": module.get_device,
         "_cuda_exchangeDevice": _exchange_device,
-        "_cuda_maybeExchangeDevice": _exchange_device,
+        "_cuda_maybeExchangeDevice": _maybe_exchange_device,
         "_cuda_isCurrentStreamCapturing": lambda: False,
         "_host_emptyCache": module.empty_host_cache,
     }
@@ -323,7 +330,7 @@ def _device_answers(torch: Any, count: int) -> dict[str, Any]:
         "_is_compiled": lambda: True,
         "_is_in_bad_fork": lambda: False,
         "_exchange_device": _exchange_device,
-        "_maybe_exchange_device": lambda device: _exchange_device(device),  # torch.compile wants a function for each
+        "_maybe_exchange_device": _maybe_exchange_device,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda *_, **__: capability >= (8, 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from check_page import lines_of_page
 
 from simulated_gpu import gpu
 from simulated_gpu.gpu_runs import in_use
+from trainers.attention import BACKENDS
+from trainers.family import families
 from trainers.machine import this_machine
 from trainers.measurements import Measurements, device_key
 from trainers.offload import blocks
 from trainers.quantise import quantised
-from trainers.selftest import devices, memory, models, versions
+from trainers.selftest import devices, memory, models, packages, versions
 from trainers.selftest.checks import run_checks
-from trainers.selftest.lines import Check, Line
+from trainers.selftest.lines import Bench, Check, Line
 
 GPU = torch.device("cuda", 0)
 
@@ -43,7 +46,7 @@ def test_every_line_runs_and_is_on_the_page(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_limit_of_a_full_gpu_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In ComfyUI the check runs in its process: a limit that stays would break every later prompt."""
+    """A limit that stayed would fail every later line, and whatever else the process does."""
     monkeypatch.setattr(models, "SIDE", 4)
     run_checks(GPU, tmp_path, checks=(*memory.CHECKS, models.CHECKS[0]), limit_seconds=600.0)
     assert torch.empty(gpu.total_bytes // 2, dtype=torch.uint8, device=GPU).is_cuda
@@ -72,6 +75,70 @@ def test_an_allocation_that_fails_is_a_line(tmp_path: Path) -> None:
     found = lines_of(devices.CHECKS, tmp_path)
     assert (found["a thread's device"].state, found["CUDA's own memory"].state) == ("failed", "ok")
     assert "out of memory" in found["a thread's device"].text.lower()
+
+
+def in_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """As cuDNN's kernels take float32 where TF32 is allowed: 10 bits of the mantissa, rounded."""
+    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def resident_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
+    """That of a model whose patches are embedded by a convolution."""
+    monkeypatch.setattr(models, "SIDE", 4)
+    (check,) = (check for check in models.CHECKS if check.group.endswith(families()["wan"].title))
+    lines = iter(check.run(Bench(GPU, None, folder, Measurements(folder))))
+    return next(line for line in lines if line.name == "resident, as on the CPU")
+
+
+def test_convolutions_in_tf32_are_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch allows cuDNN TF32, which RTX 30 and newer have: "as on the CPU" failed on each of them for what is no fault."""
+    usual = torch.nn.Conv3d._conv_forward
+
+    def on_a_newer_gpu(module: Any, source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if source.is_cuda and weight.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+            source, weight = in_tf32(source.detach()), in_tf32(weight.detach())
+        return usual(module, source, weight, bias)
+
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", on_a_newer_gpu)
+    line = resident_line(tmp_path, monkeypatch)
+    assert line.state == "ok", line.text
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, False), "as before"
+
+
+def test_a_gpu_that_computes_wrongly_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy was not to stream weights, of which there are none in this line."""
+    usual = torch.nn.Conv3d._conv_forward
+
+    def wrong(module: Any, source: torch.Tensor, *given: Any) -> torch.Tensor:
+        return usual(module, source, *given) * (1.001 if source.is_cuda else 1.0)
+
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", wrong)
+    line = resident_line(tmp_path, monkeypatch)
+    assert line.state == "failed"
+    assert "stream" not in line.remedy
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """All attention libraries, on a GPU of this compute capability; none of them computes."""
+    monkeypatch.setattr(packages, "missing_library", lambda backend: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+
+def test_a_library_that_the_gpu_is_too_old_for_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn on a T4: `check` failed, though nothing is wrong and a job with it is refused in a sentence."""
+    installed(monkeypatch, (7, 5))
+    found = lines_of(packages.CHECKS, tmp_path)
+    assert {name: found[name].state for name in BACKENDS} == {"flash": "skipped", "flash_3": "skipped", "xformers": "failed"}
+    assert found["flash"].text == "needs compute capability 8.0; this GPU has 7.5"
+
+
+def test_each_library_is_tried_whatever_the_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, (9, 0))
+    monkeypatch.setattr(packages, "build_optimizer", lambda *_: 1 / 0)
+    found = lines_of(packages.CHECKS, tmp_path)
+    for name in (*BACKENDS, "adamw8bit", "prodigy", "adamw_kahan"):
+        assert found[name].state == "failed"
+        assert 'to "auto"' in found[name].remedy or 'to "adamw"' in found[name].remedy
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")

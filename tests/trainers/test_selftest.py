@@ -105,9 +105,9 @@ def test_an_error_of_ours_is_said_as_it_is(tmp_path: Path) -> None:
     assert (line.state, line.text) == ("failed", "Out of disk. Make room.")
 
 
-def test_no_check_begins_after_the_minute(tmp_path: Path) -> None:
+def test_no_check_begins_when_no_time_is_left(tmp_path: Path) -> None:
     found = run_checks(CPU, tmp_path, checks=(Check("one", "fine", ok), Check("one", "broken", raising)), limit_seconds=0.5)
-    assert [(line.state, line.text) for line in found.lines] == [("skipped", "the minute is over")] * 2
+    assert [(line.state, line.text) for line in found.lines] == [("skipped", "no time was left")] * 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ begins after a mark; `wait` lets the computing that is queued from then on begin
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -89,3 +91,13 @@ def use_device(device: torch.device) -> None:
     """To be called first in a thread: a new thread's device is GPU 0, and using it costs a CUDA context (300 to 500 MiB) there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """What is done within it computes on this GPU; the thread's own is left alone, where it was not used before, and kept."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ..errors import VideoTrainerError
 from ..measurements import Measurements
+from ..offload.copies import on_device
 from . import devices, file_checks, kernels, memory, models, packages, speeds, versions
-from .lines import LIMIT_SECONDS, Bench, Check, Line
+from .lines import LIMIT_SECONDS, Bench, Check, Line, error_text
 from .report import Report, Section
 
 Tell = Callable[[str, Line], None]
 NO_GPU = "no CUDA GPU"
-_TOO_SLOW = "Run check again when the machine is idle."
+_TOO_SLOW = "Give it more time: --seconds 180."
 
 CHECKS: tuple[Check, ...] = (
     *versions.CHECKS,
@@ -45,7 +45,7 @@ def run_checks(
     """
     bench = Bench(device, base, runs_folder, Measurements(runs_folder), limit_seconds)
     sections: dict[str, list[Line]] = {}
-    with torch.inference_mode(False), torch.enable_grad():  # ComfyUI's nodes ask otherwise
+    with on_device(device), torch.inference_mode(False), torch.enable_grad():  # ComfyUI's nodes ask otherwise
         for check in checks:
             for line in _lines_of(check, bench):
                 sections.setdefault(check.group, []).append(line)
@@ -64,7 +64,7 @@ def _lines_of(check: Check, bench: Bench) -> Iterator[Line]:
         yield Line(check.name, "skipped", NO_GPU)
         return
     if bench.seconds_left < check.needs_seconds:
-        yield Line(check.name, "skipped", "the minute is over", _TOO_SLOW)
+        yield Line(check.name, "skipped", "no time was left", _TOO_SLOW)
         return
     try:
         with warnings.catch_warnings():
@@ -72,15 +72,10 @@ def _lines_of(check: Check, bench: Bench) -> Iterator[Line]:
             for line in check.run(bench):
                 yield line
                 if bench.seconds_left < 0:
-                    yield Line(check.name, "skipped", "the minute is over", _TOO_SLOW)
+                    yield Line(check.name, "skipped", "no time was left", _TOO_SLOW)
                     return
     except Exception as error:
-        yield Line(check.name, "failed", _what(error), "Please report it, with the block below.")
-
-
-def _what(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, VideoTrainerError) else f"{type(error).__name__}: {text}"
+        yield Line(check.name, "failed", error_text(error), "Please report it, with the block below.")
 
 
 def _names_to_hide(base: Path | None, runs_folder: Path) -> tuple[str, ...]:

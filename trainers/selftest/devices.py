@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import conv3d, scaled_dot_product_attention
 
 from ..machine import MIB, size_text
+from ..nvidia_smi import smi
 from ..offload.copies import use_device
 from .lines import Bench, Check, Line
 
@@ -18,17 +19,32 @@ _CONTEXT_BYTES = 200 * MIB
 
 
 def _device(bench: Bench) -> Iterator[Line]:
-    device, others = bench.device, [index for index in range(torch.cuda.device_count()) if index != bench.device.index]
-    before = [torch.cuda.mem_get_info(index)[0] for index in others] if others else []
+    device = bench.device
+    others = [index for index in range(torch.cuda.device_count()) if index != device.index]
+    before = _used_bytes(others)
     torch.cuda.set_per_process_memory_fraction(1.0, device)
     with ThreadPoolExecutor(1, initializer=use_device, initargs=(device,)) as thread:
         made, current = thread.submit(lambda: (torch.ones(8, device="cuda").device, torch.cuda.current_device())).result()
     right = made == device and current == device.index
     yield Line("a thread's device", "ok" if right else "failed", f"a tensor of another thread lies on {made}, its device is {current}")
     if others:
-        lost = sum(max(then - torch.cuda.mem_get_info(index)[0], 0) for then, index in zip(before, others, strict=True))
-        remedy = "Start with CUDA_VISIBLE_DEVICES set to the one GPU."
-        yield Line("other GPUs", "slow" if lost > _CONTEXT_BYTES else "ok", f"{size_text(lost)} of them taken meanwhile", remedy)
+        yield _others(before, _used_bytes(others))
+
+
+def _others(before: list[int], after: list[int]) -> Line:
+    if not before or not after:
+        return Line("other GPUs", "skipped", "nvidia-smi does not say how much of them is used")
+    taken = sum(max(now - then, 0) for then, now in zip(before, after, strict=True))
+    remedy = "Start with CUDA_VISIBLE_DEVICES set to the one GPU."
+    return Line("other GPUs", "slow" if taken > _CONTEXT_BYTES else "ok", f"{size_text(taken)} of their memory taken meanwhile", remedy)
+
+
+def _used_bytes(indices: list[int]) -> list[int]:
+    """Of these GPUs, in all programs; empty when nvidia-smi does not answer. To ask PyTorch would itself make a context on each."""
+    names = [str(getattr(torch.cuda.get_device_properties(index), "uuid", "")) for index in indices]
+    found = [smi("memory.used", name) for name in names if name]
+    known = len(found) == len(indices) and all(used and used[0].isdigit() for used in found)
+    return [int(used[0]) * MIB for used in found] if known else []
 
 
 def _context(bench: Bench) -> Iterator[Line]:

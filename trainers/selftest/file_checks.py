@@ -76,7 +76,7 @@ def _renames(bench: Bench) -> Iterator[Line]:
         rename(first, second)
         seconds = time.monotonic() - started
         state: State = "ok" if seconds < _SLOW_SECONDS else "slow"
-        remedy = "Something holds new files (a scanner, OneDrive): except this folder from it."
+        remedy = "Something holds new files open (a virus scanner, OneDrive): exclude this folder from it."
         yield Line("renaming a checkpoint", state, f"after {1000 * seconds:.0f} ms; 17 MiB are written in {1000 * written:.0f} ms", remedy)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from ..device import DTYPES, Hardware
+from ..errors import VideoTrainerError
 from ..family import Family
 from ..measurements import Measurements
 
@@ -26,6 +27,12 @@ class Line:
     state: State
     text: str
     remedy: str = ""
+
+
+def error_text(error: Exception) -> str:
+    """What is said of an error that no check expects."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, VideoTrainerError) else f"{type(error).__name__}: {text}"
 
 
 @dataclass

@@ -108,7 +108,7 @@ def _cap(bench: Bench) -> Iterator[Line]:
     left = torch.cuda.memory_reserved(device) - before
     back = torch.empty(64 * MIB, dtype=torch.uint8, device=device).fill_(1)
     right = left <= 0 and int(back[-1]) == 1
-    yield Line("memory after it", "ok" if right else "failed", f"{size_text(max(left, 0))} stay taken, and the GPU goes on")
+    yield Line("memory after it", "ok" if right else "failed", f"{size_text(max(left, 0))} still taken; the GPU works")
 
 
 CHECKS = (

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..attention import BACKENDS, missing_library
+from ..attention import BACKENDS, Backend, missing_library
 from ..errors import MissingPackage
 from ..job import OptimizerSpec
 from ..offload.compiled import compiled
 from ..offload.linear import FrozenLinear
 from ..optimizers import build_optimizer, load_optimizer_state
 from ..quantise import check_quantiser, quantised
-from .lines import Bench, Check, Line
+from .lines import Bench, Check, Line, error_text
 
 _GROUP = "optional packages"
 _SIDE = 256
+_OTHER_OPTIMIZER = 'Set optimizer.kind to "adamw", or update the package.'
+_OTHER_ATTENTION = 'Set speed.attention to "auto".'
 
 
 def _optimizers(bench: Bench) -> Iterator[Line]:
@@ -32,6 +34,8 @@ def _optimizers(bench: Bench) -> Iterator[Line]:
                 line = _optimizer(bench, kind)
         except MissingPackage as error:
             line = Line(kind, "skipped", "is not installed", str(error).rpartition(". ")[2])
+        except Exception as error:  # the others may work
+            line = Line(kind, "failed", error_text(error), _OTHER_OPTIMIZER)
         yield line
 
 
@@ -56,8 +60,8 @@ def _optimizer(bench: Bench, kind: str) -> Line:
     stepped(second, resumed)
     moved = bool((first.detach().cpu() != start).any())
     same = torch.equal(first, second)
-    text = f"{'goes on from its saved state' if same else 'goes on otherwise from its saved state'}{'' if moved else ', moves nothing'}"
-    return Line(kind, "ok" if same and moved else "failed", text, 'Set optimizer.kind to "adamw", or update the package.')
+    text = f"{'continues from its saved state' if same else 'differs after loading its saved state'}{'' if moved else ', changes nothing'}"
+    return Line(kind, "ok" if same and moved else "failed", text, _OTHER_OPTIMIZER)
 
 
 def _nf4(bench: Bench) -> Iterator[Line]:
@@ -75,17 +79,28 @@ def _nf4(bench: Bench) -> Iterator[Line]:
 
 def _attention_libraries(bench: Bench) -> Iterator[Line]:
     """Those of `speed.attention` that are installed, beside PyTorch's own."""
+    found = torch.cuda.get_device_capability(bench.device)
+    for name, backend in BACKENDS.items():
+        if found < backend.capability:
+            needed, here = (".".join(map(str, version)) for version in (backend.capability, found))
+            yield Line(name, "skipped", f"needs compute capability {needed}; this GPU has {here}")
+        elif missing_library(backend) is not None:
+            yield Line(name, "skipped", "is not installed, or not for this GPU", f"Only if you want it: {backend.install}.")
+        else:
+            try:
+                yield _attention_library(bench, name, backend)
+            except Exception as error:  # the others may work
+                yield Line(name, "failed", error_text(error), _OTHER_ATTENTION)
+
+
+def _attention_library(bench: Bench, name: str, backend: Backend) -> Line:
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
     query, key, value = torch.randn(3, 1, 256, 4, 64, generator=torch.Generator().manual_seed(5)).to(bench.device, bench.dtype)
     wanted = scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).transpose(1, 2)
-    for name, backend in BACKENDS.items():
-        if missing_library(backend) is not None:
-            yield Line(name, "skipped", "is not installed, or not for this GPU", f"Only if you want it: {backend.install}.")
-            continue
-        from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-
-        found = dispatch_attention_fn(query, key, value, backend=AttentionBackendName(backend.diffusers_name))
-        error = float((found - wanted).abs().max() / wanted.abs().max())
-        yield Line(name, "ok" if error < 3e-2 else "failed", f"as PyTorch's own to {error:.1e}", 'Set speed.attention to "auto".')
+    found = dispatch_attention_fn(query, key, value, backend=AttentionBackendName(backend.diffusers_name))
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    return Line(name, "ok" if error < 3e-2 else "failed", f"as PyTorch's own to {error:.1e}", _OTHER_ATTENTION)
 
 
 class _Block(nn.Module):

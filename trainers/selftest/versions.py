@@ -28,7 +28,7 @@ def _system(bench: Bench) -> Iterator[Line]:
     kind = "WSL" if "microsoft" in platform.release().lower() else platform.system()
     text = f"{kind} {platform.release()}, {platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
     yield Line("system", "ok", text)
-    state, remedy = ("ok", "") if available_ram() > 8 * 2**30 else ("slow", "Close other programs: streamed weights wait in it.")
+    state, remedy = ("ok", "") if available_ram() > 8 * 2**30 else ("slow", "Close other programs: streamed weights are kept in RAM.")
     yield Line("RAM", state, f"{size_text(available_ram())} of {size_text(memory.total)} are free", remedy)  # type: ignore[arg-type]
 
 

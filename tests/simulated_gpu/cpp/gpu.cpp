@@ -77,6 +77,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_devices", [](int n) { devices = n; });
   m.def("get_device", [] { return device_now; });
   m.def("set_device", [](int d) { use(d); });
+  m.def("maybe_set_device", [](int d) { device_now = d; });  // as CUDA's: makes no context
   m.def("new_stream", [](int d) {
     Lock g(mu);
     streams_made++;

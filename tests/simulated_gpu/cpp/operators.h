@@ -56,7 +56,7 @@ const std::set<std::string> MIXES = {"aten::index", "aten::index_put_", "aten::_
 
 // While it lives, random numbers come from the device's own generator.
 struct DeviceRandomness {
-  std::lock_guard<std::recursive_mutex> lock{mu};
+  Lock lock{mu};
   int device;
   at::Generator generator = at::globalContext().defaultGenerator(Device(c10::kCPU));
   Tensor of_host = generator.get_state();

@@ -11,7 +11,6 @@ namespace py = pybind11;
 using at::Tensor;
 using c10::Device;
 using c10::IValue;
-using Lock = std::lock_guard<std::recursive_mutex>;
 
 constexpr int DEVICES = 4;
 constexpr int CLOCKS = 256;  // one for each stream; clock d (below DEVICES) is device d's default stream
@@ -40,6 +39,21 @@ struct Bytes {  // of a storage: who wrote it last, who has read it since, and w
 };
 
 std::recursive_mutex mu;
+
+// Whoever waits for `mu` lets go of Python's lock: the thread that has `mu` may need it, to free a tensor that Python knows.
+struct Lock {
+  explicit Lock(std::recursive_mutex& mutex) : mutex(mutex) {
+    if (mutex.try_lock()) return;
+    PyThreadState* python = PyGILState_Check() ? PyEval_SaveThread() : nullptr;
+    mutex.lock();
+    if (python) PyEval_RestoreThread(python);
+  }
+  ~Lock() { mutex.unlock(); }
+  Lock(const Lock&) = delete;
+
+  std::recursive_mutex& mutex;
+};
+
 int devices = 1, clocks = DEVICES;
 thread_local int device_now = 0;
 thread_local std::array<int, DEVICES> stream_now = {0, 1, 2, 3};
