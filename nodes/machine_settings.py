@@ -32,8 +32,8 @@ def machine() -> tuple[Setting, ...]:
             "device",
             options=["auto", "cpu", "cuda:0", "cuda:1", "cuda:2", "cuda:3", "mps"],
             default="auto",
-            tooltip="Where to train. auto: the first CUDA GPU; if none is found, small models train on the CPU, and for large ones you are "
-            "told what to check. Runs on one GPU wait for each other.",
+            tooltip="Where to train. auto: the first CUDA GPU; if none is found, small models train on the CPU; for large ones the "
+            "error says what to check. Runs on one GPU wait for each other.",
         ),
         folded(
             "deterministic",

@@ -17,6 +17,9 @@ DTYPES: dict[PrecisionName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torc
 LARGEST_ON_CPU = 2e9
 """Parameters of the largest model that "auto" trains on the CPU: a step of a larger one takes minutes to hours."""
 
+NO_FP16 = ("1660", "1650", "1630", "T500", "T550", "T600", "MX550", "MX450", "CMP 30HX", "T2000", "T1000", "T1200")
+"""In the names of Turing GPUs whose fp16 gives not-a-number (ComfyUI's list: comfy/model_management.py, should_use_fp16)."""
+
 
 def pick_device(job: Job) -> torch.device:
     """The job's device; "auto" is the first CUDA GPU, else the CPU. Raises JobError when the device is not there."""
@@ -51,11 +54,11 @@ class Hardware:
         """A CUDA GPU; those of compute capability 8.0 and above have bf16.
 
         Below, PyTorch emulates it: products are no faster than in float32, and no fused attention takes it, so that all scores are
-        in memory (PyTorch's sdp_utils.cpp). On a GTX 16 fp16 gives not-a-number; ComfyUI does not use it there either.
+        in memory (PyTorch's sdp_utils.cpp). On those in NO_FP16 fp16 gives not-a-number.
         """
         if has_bf16:
             return cls("cuda", name, ("bf16", "fp16", "fp32"))
-        return cls("cuda", name, ("fp32",) if "GTX 16" in name else ("fp16", "fp32"))
+        return cls("cuda", name, ("fp32",) if any(part in name for part in NO_FP16) else ("fp16", "fp32"))
 
     @classmethod
     def of(cls, device: torch.device) -> Hardware:

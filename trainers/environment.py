@@ -62,5 +62,5 @@ def use_memory_without_gaps() -> None:
 
 def started_processes() -> int:
     """As one of how many this process was started: what torchrun, accelerate launch and MPI's launchers tell it, as accelerate reads it."""
-    told = (os.environ.get(name, "") for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
-    return max((int(number) for number in told if number.isdigit()), default=1)
+    counts = (os.environ.get(name, "") for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    return max((int(number) for number in counts if number.isdigit()), default=1)

@@ -42,6 +42,14 @@ _TEXTS_LOOKED_AT = 256
 """Headers of captions that are read for the longest: more would take long on a network drive."""
 
 
+def _measured(job: Job, device: torch.device, dtype: torch.dtype) -> Machine:
+    """This machine. Raises RunError when its GPU has no memory even for measuring it."""
+    from .room import saying_what_is_full
+
+    with saying_what_is_full(device, "its speed was measured", "half a GiB must be free to plan a run"):
+        return this_machine(device, dtype, Path(job.base.transformer), Path(job.runs_folder))
+
+
 def plan_memory(
     job: Job, detection: Detection, samples: Samples, device: torch.device, dtype: torch.dtype, machine: Machine | None = None
 ) -> MemoryPlan:
@@ -49,7 +57,7 @@ def plan_memory(
 
     Raises JobError when nothing fits on a card, with what would.
     """
-    machine = machine or this_machine(device, dtype, Path(job.base.transformer), Path(job.runs_folder))
+    machine = machine or _measured(job, device, dtype)
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI's nodes ask otherwise
         traced = JobTrace.of(job, detection, samples, machine, dtype)
         plan = choose(job, traced, machine)

@@ -21,6 +21,8 @@ LINUX_KEPT_BYTES = 4 * GIB
 LINUX_KEPT_WITH_SWAP_BYTES = 16 * GIB
 """Linux pins whatever it has, and then ends processes for lack of memory. ComfyUI (same place) pins at most 0.9 of RAM, all but 4
 GiB, and all but 16 GiB of RAM and swap together, and 0.4 of RAM where that is more."""
+STAGING_SHARE = 0.25
+"""Of what is available: so much may always be pinned, for the buffers that weights pass through on their way to the GPU."""
 WSL_TRIED_BYTES = 4 * GIB
 """WSL 2 was reported to refuse at 0.75 to 1 GiB, whatever its RAM. Where so much can be pinned, there is no such limit."""
 CONTEXT_SHARE = 0.03
@@ -41,7 +43,7 @@ def pinnable_bytes(system: System, ram_bytes: int, swap_bytes: int, available_by
     if system != "windows":
         all_but = min(ram_bytes - LINUX_KEPT_BYTES, ram_bytes + swap_bytes - LINUX_KEPT_WITH_SWAP_BYTES)
         share = max(share, min(LINUX_PINNED_SHARE * ram_bytes, all_but))
-    return max(int(min(share, available_bytes - LINUX_KEPT_BYTES)), 0)
+    return int(max(min(share, available_bytes - LINUX_KEPT_BYTES), STAGING_SHARE * available_bytes))
 
 
 def pinnable_here(device: torch.device, available_bytes: int) -> int | None:

@@ -31,6 +31,19 @@ def smi(fields: str, uuid: str = "") -> list[str]:
     return found if len(found) == len(fields.split(",")) else []
 
 
+BUSY_PERCENT = 20
+"""Of the time of the last second; a desktop that is drawn takes less."""
+
+
+def is_used_by_others(uuid: str) -> bool:
+    """Whether another process computes on a GPU while this one does not; False where nvidia-smi is missing.
+
+    That there is one is not enough: ComfyUI, which started this one, keeps the GPU open.
+    """
+    (percent,) = smi("utilization.gpu", uuid) or ("",)
+    return percent.isdigit() and int(percent) >= BUSY_PERCENT and bool(smi_processes())
+
+
 def smi_processes() -> list[str]:
     """The processes that compute on GPUs, but this one. Windows names also those that only draw."""
     answer = answer_of(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], 5.0)

@@ -1,4 +1,4 @@
-"""Notices a GPU that became slow in the middle of a run: on Windows it does not run out of memory, it spills into the RAM.
+"""Notices when steps become slow. On Windows a full GPU does not run out of memory: it spills into RAM.
 
 With the driver's default, what does not fit the GPU any more goes to shared memory, and steps take many times as long, without
 an error. Only the time of a step shows it.

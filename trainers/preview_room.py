@@ -86,7 +86,7 @@ class PreviewRoom:
         """Tries again what previews used before the GPU was full, once, after enough steps."""
         if before := self._shortages.again(self._way, self.training.step):
             self._way = before
-            message = "previews are made with as much of the GPU's memory again as before it was full"
+            message = "Previews use as much GPU memory again as before it ran out."
             self.training.run.event("sample", step=self.training.step, files=[], message=message)
 
     def _keep(self, arrangement: Arrangement) -> None:

@@ -5,6 +5,7 @@ Rates are bytes or operations per second. What was measured is kept beside the r
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -60,9 +61,12 @@ def rates_of(device: torch.device, dtype: torch.dtype, base: Path | None = None,
         "memory": lambda: memory_rate(device),
         "copy": lambda: copy_rate(device),
     }
-    if new := {name: measure() for name, measure in lacking.items() if name not in device_rates}:
-        kept.keep("devices", key, new, device)
-    device_rates |= new
+    if missing := [name for name in lacking if name not in device_rates]:
+        disturbed = _is_used_by_others(device)
+        new = {name: lacking[name]() for name in missing}
+        if not disturbed:
+            kept.keep("devices", key, new, device)
+        device_rates |= new
     host, disk = _file_rates(base, kept)
     found = {"host_copy": host, "disk": disk}
     measured = {"flops", "memory", "copy", *(name for name, rate in found.items() if rate)}
@@ -74,6 +78,13 @@ def rates_of(device: torch.device, dtype: torch.dtype, base: Path | None = None,
         disk or ASSUMED_DISK_RATE,
         frozenset(measured),
     )
+
+
+def _is_used_by_others(device: torch.device) -> bool:
+    """Whether a GPU computes for another process, such as a ComfyUI that renders: it would seem slow for good."""
+    from .nvidia_smi import is_used_by_others
+
+    return device.type == "cuda" and is_used_by_others(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
 
 
 def _file_rates(base: Path | None, kept: Measurements) -> tuple[float | None, float | None]:
@@ -192,16 +203,17 @@ def _rate_of_pieces(pieces: list[int], take: Callable[[int, memoryview], object]
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
-    """Seconds of one call: after a first one, as many as fill `at_least` seconds."""
+    """Seconds of the shortest call: after a first one, of as many as fill `at_least` seconds. Other programs make calls longer."""
     work()
     finish(device)
-    calls, started = 0, time.perf_counter()
-    while True:
+    shortest, passed = math.inf, 0.0
+    while not passed or passed < at_least:
+        started = time.perf_counter()
         work()
         finish(device)
-        calls += 1
-        if (passed := time.perf_counter() - started) >= at_least:
-            return passed / calls
+        seconds = max(time.perf_counter() - started, 1e-9)
+        shortest, passed = min(shortest, seconds), passed + seconds
+    return shortest
 
 
 def finish(device: torch.device) -> None:

@@ -56,6 +56,9 @@ _OUT_OF_MEMORY_MESSAGES = (
 )
 
 
+_FREE_UNTIL_LOADED = "what is free when a run is planned must stay free until it is loaded"
+
+
 class AskedToEnd(Exception):
     """The run was asked to pause or stop while it waited for GPU memory."""
 
@@ -68,16 +71,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def saying_what_is_full(device: torch.device) -> Iterator[None]:
-    """While a model is loaded: nothing of it can be taken back then, so an error of a full device becomes a RunError."""
+def saying_what_is_full(device: torch.device, during: str = "the model was loaded", rule: str = _FREE_UNTIL_LOADED) -> Iterator[None]:
+    """While nothing can be given up, as when a model is loaded: an error of a full device becomes a RunError."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
-        value = f"out of memory on {device} while the model was loaded ({free / _GIB:.1f} of {total / _GIB:.1f} GiB are free)"
-        rule = "what is free when a run is planned must stay free until it is loaded"
+        value = f"out of memory on {device} while {during}"
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            value += f" ({free / _GIB:.1f} of {total / _GIB:.1f} GiB are free)"
         remedy = "Close other programs that use the GPU, or set a smaller memory.vram_gib, and start the run again; nothing was lost."
         raise RunError(str(Problem(value, rule, remedy))) from error
 

@@ -173,6 +173,8 @@ def _loaded(run: Run) -> Training:
     precision = pick_precision(job, detection.family, Hardware.of(device))
     run.event("precision", precision=precision.name, message=str(precision))
     torch.use_deterministic_algorithms(job.deterministic)
+    # Would fill all new memory, tens of GB on the host for a large model: what is allocated here is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     accelerator = _accelerator(run, device, precision)
     method = method_of(job, base, detection)
     experts = experts_of(job, detection.variant)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from simulated_gpu import gpu
 from simulated_gpu.gpu_runs import ARRANGEMENTS, forget_accelerate, in_use, shared_job, trained
+from trainers import training
 from trainers.errors import RunError
+from trainers.plan import make_plan
 from trainers.run import Run
 from trainers.training import open_training
 
@@ -16,15 +19,35 @@ pytestmark = pytest.mark.usefixtures("small_inputs_are_offloaded", "tables_of_bi
 
 
 @pytest.mark.parametrize("quantise", ["none", "fp8", "nf4"])
-def test_a_gpu_that_is_full_while_the_model_is_loaded(tmp_path: Path, quantise: str) -> None:
+def test_a_gpu_that_is_full_while_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantise: str) -> None:
     before = in_use()
     run = Run.create(shared_job("cuda:0", tmp_path, "wan2.1-t2v", memory=ARRANGEMENTS["mapped"] | {"quantise": quantise}))
     forget_accelerate()
-    gpu.fail_allocations(20)
+    load = training.load_transformer
+
+    def load_on_a_full_gpu(*given: Any, **options: Any) -> Any:
+        gpu.fail_allocations(0)
+        return load(*given, **options)
+
+    monkeypatch.setattr(training, "load_transformer", load_on_a_full_gpu)
     with pytest.raises(
         RunError, match=r"out of memory on cuda:0 while the model was loaded .*must stay free.*start the run again"
     ) as caught:
         open_training(run)
+    del caught
+    gpu.fail_allocations(-1, 0)
+    assert in_use() == before
+
+
+def test_a_gpu_that_has_no_memory_even_for_a_plan(tmp_path: Path) -> None:
+    """`plan` ended with a bare OutOfMemoryError."""
+    job = shared_job("cuda:0", tmp_path, "wan2.1-t2v")
+    before = in_use()
+    gpu.fail_allocations(0)
+    with pytest.raises(
+        RunError, match=r"out of memory on cuda:0 while its speed was measured \(.* GiB are free\); half a GiB must be free .*Close other"
+    ) as caught:
+        make_plan(job)
     del caught
     gpu.fail_allocations(-1, 0)
     assert in_use() == before

@@ -45,6 +45,26 @@ def test_auto_is_the_family_s_best_that_the_gpu_does_at_full_speed(family: Famil
     assert found == ["bf16", "fp16" if family is WAN else "fp32", "fp32", "fp32", "fp32"]
 
 
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [
+        ("NVIDIA GeForce GTX 1650 Ti", "fp32"),
+        ("NVIDIA T600 Laptop GPU", "fp32"),
+        ("NVIDIA T1000 8GB", "fp32"),
+        ("Quadro T2000", "fp32"),
+        ("NVIDIA GeForce MX450", "fp32"),
+        ("NVIDIA CMP 30HX", "fp32"),
+        ("Tesla T4", "fp16"),
+        ("NVIDIA GeForce RTX 2080 Ti", "fp16"),
+        ("Quadro RTX 6000", "fp16"),
+        ("NVIDIA TITAN RTX", "fp16"),
+    ],
+)
+def test_turing_gpus_whose_fp16_is_not_a_number_are_known_by_name(name: str, best: str) -> None:
+    """On a laptop's T600 or MX450 the loss was not-a-number in the first step."""
+    assert pick_precision(job_of(), WAN, Hardware.cuda(name, False)).name == best
+
+
 def test_a_choice_says_why_and_what_it_costs() -> None:
     mochi = families()["mochi"]
     assert "T4 has no bf16 (its compute capability is below 8.0), and Mochi does not work in fp16. A step takes several times" in str(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import tiny_job
 
-from trainers import rates
+from trainers import nvidia_smi, rates
 from trainers.lock import device_lock
 from trainers.machine import this_machine
 from trainers.measurements import Measurements, device_key, drive_key
@@ -93,6 +93,36 @@ def test_no_memory_is_promised_for_a_mapped_file(base: Path, monkeypatch: pytest
     monkeypatch.setattr(mmap, "mmap", Watched)
     assert rates.host_copy_rate(base)
     assert all(access == mmap.ACCESS_READ for descriptor, access in opened if descriptor != -1)
+
+
+def test_a_rate_is_that_of_the_shortest_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program that computed for a moment made the GPU seem slow in every later plan."""
+    now, took = [0.0], iter([9.0, 0.01, 0.03, 0.02])
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now[0])
+
+    def work() -> None:
+        now[0] += next(took)
+
+    assert rates.seconds_of(work, CPU) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("percent", "processes", "used"),
+    [("95", "4711", True), ("3", "4711", False), ("95", "", False), ("[N/A]", "4711", False), ("", "", False)],
+)
+def test_whether_another_program_computes_on_the_gpu(monkeypatch: pytest.MonkeyPatch, percent: str, processes: str, used: bool) -> None:
+    """ComfyUI keeps a GPU open all the time: only while it renders do rates not count."""
+    monkeypatch.setattr(nvidia_smi, "answer_of", lambda command, _: processes if "--query-compute-apps=pid" in command else percent)
+    assert nvidia_smi.is_used_by_others("GPU-1") is used
+
+
+def test_rates_of_a_gpu_that_another_program_uses_are_not_kept(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was started while ComfyUI rendered had half the GPU's rate in every later plan."""
+    monkeypatch.setattr(rates, "_is_used_by_others", lambda device: True)
+    assert rates.rates_of(CPU, torch.float32, None, Measurements(tmp_path)).copy == 1e9
+    assert not (tmp_path / "check.json").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "devices": {"KEY": {"copy": 5.0}}}', '{"version": 1, "devices": 7}'])

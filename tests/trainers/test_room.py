@@ -165,6 +165,26 @@ def test_what_a_full_device_says(error, full):
     assert is_out_of_memory(error) is full
 
 
+def test_only_of_a_cuda_gpu_is_said_what_is_free():
+    """On a Mac the message said that 0.0 of 0.0 GiB were free."""
+    with (
+        pytest.raises(RunError, match=r"^out of memory on mps while the model was loaded; what is free"),
+        room.saying_what_is_full(torch.device("mps")),
+    ):
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GiB)")
+
+
+def test_new_memory_is_not_filled_in_a_deterministic_run(wan_run, monkeypatch):
+    """PyTorch wrote not-a-number into all the host memory that a model's weights are about to be read into: minutes for 28 GB."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        open_training(wan_run("deterministic", deterministic=True)).close()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_the_errors_tensors_are_free_before_the_step_is_done_again(wan_run, monkeypatch):
     """What the failed attempt held must not be held by its traceback while room is made."""
     import weakref

@@ -123,7 +123,7 @@ class Arena:
                 return self._memory.buffer(nbytes)
             except PinningError as error:
                 self._plain = True
-                self._memory.report(f"{error} Inputs of blocks wait in memory that is not pinned, which is slower.")
+                self._memory.report(f"{error} Inputs of blocks use memory that is not pinned, which is slower.")
         return self._memory.plain_buffer(nbytes)
 
     def _close(self, level: int) -> None:

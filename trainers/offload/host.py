@@ -188,7 +188,7 @@ class Master:
         reason = str(error) if isinstance(error, PinningError) else "There is no more host memory."
         self._weights.memory.report(
             f"{len(self._pinned)} of {len(self._layouts)} streamed blocks are pinned. {reason} The others are read from the model's "
-            f'file when they are used, which is slower. To change that, close programs that use much RAM, or set memory.host to "mapped".'
+            "file, which is slower. Close programs that use much RAM to pin more."
         )
 
 

@@ -143,7 +143,7 @@ def test_where_no_more_can_be_pinned_the_arena_goes_on_without(system, limit):
     arena = Arena(Adversary(strict=True), CPU, memory)
     Blocks(list(model.blocks), arena=arena)
     found = gradients(model)
-    assert [report for report in reports if "Inputs of blocks wait in memory that is not pinned" in report] == reports
+    assert [report for report in reports if "Inputs of blocks use memory that is not pinned" in report] == reports
     assert len(reports) == 1
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert system.open == limit
