@@ -27,6 +27,7 @@ POINTS, BURSTS = 100, {4: 10, 10: 10, 60: 10}
 WHOLE_RUNS = {"one expert, mapped": "wan2.1-t2v", "two experts, pinned": "wan2.2-t2v", "resident": "ltxv-2b-0.9"}
 SENTENCES = (
     r"out of memory on cuda:0 while the model was loaded .*; .* must stay free .*\. Close other programs",
+    r"out of memory on cuda:0 while its speed was measured .*\. Close other programs",
     r"for the optimizer in step \d\. (No|The) checkpoint .*\. Close other programs",
 )
 Video = npt.NDArray[np.uint8]
