@@ -6,9 +6,11 @@ skipped. The next writer starts on a line of its own.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,39 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     with path.open("a+b", buffering=0) as file:
         if file.tell() and _last_byte(file.fileno()) != b"\n":
             line = b"\n" + line
-        file.write(line)  # one system call: readers see the whole line or none
+        if file.write(line) < len(line):  # one system call: readers see the whole line or none
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))  # a part of the line did fit
+
+
+class Writer:
+    """One writer's lines, of any files, in their order. What cannot be written now waits for the next line: a run may last days.
+
+    Only the first line must be written at once: a folder that cannot be written to is an error.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Path, Mapping[str, Any]]] = []
+        self._why = ""
+        self._has_begun = False
+        self._lock = threading.Lock()
+
+    def append(self, path: Path, record: Mapping[str, Any]) -> str:
+        """Add one line, after those that wait. Returns why they had to wait; "" when none did, or when they still do."""
+        with self._lock:
+            self._waiting.append((path, record))
+            try:
+                while self._waiting:
+                    append(*self._waiting[0])
+                    del self._waiting[0]
+            except OSError as error:
+                if not self._has_begun:
+                    self._waiting.clear()
+                    raise
+                self._why = str(error)
+                return ""
+            self._has_begun = True
+            why, self._why = self._why, ""
+            return why
 
 
 def read(path: Path, since: int = 0) -> tuple[list[Record], int]:

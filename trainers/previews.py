@@ -21,6 +21,7 @@ from .preview_room import NoRoomError, PreviewRoom
 from .room import give_back
 from .sample import Solver, decode_frames, preview_noise, sample_latents
 from .tiles import sides_below
+from .trackers import track
 
 if TYPE_CHECKING:
     from .training import Training
@@ -65,7 +66,7 @@ class Previews:
         if files := [path.name for path in paths if path.exists()]:
             tiled = {"tile_pixels": room.tile_pixels} if room.tile_pixels else {}
             training.run.event("sample", step=step, files=files, measures=measures.finish(), **tiled)
-            training.accelerator.log({f"preview/{name}": value for name, value in measures.means.items()}, step=step)
+            track(training, {f"preview/{name}": value for name, value in measures.means.items()})
 
     def _with_room(self) -> PreviewRoom:
         """How there is room for previews, as far as it was found."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .measurements import Measurements, device_key, drive_key, host_key
+from .offload.mapped_file import MappedFile
 from .offload.pinned import PinningError, give_back_pinned_cache, pinned_copy
 
 ASSUMED_DISK_RATE = 2e9
@@ -79,13 +80,16 @@ def _file_rates(base: Path | None, kept: Measurements) -> tuple[float | None, fl
     """Rates of copying from a mapped file and of reading the drive; None where it cannot be measured."""
     host = kept.rates("hosts", host_key()).get("host_copy")
     file = None if base is None else large_file(base)
+    disk = None
     if file is None:
-        return host, None
-    disk = kept.rates("drives", drive_key(file)).get("read")
-    if disk is None and (disk := read_rate(file)):
-        kept.keep("drives", drive_key(file), {"read": disk})
-    if host is None and (host := host_copy_rate(file)):
-        kept.keep("hosts", host_key(), {"host_copy": host})
+        return host, disk
+    with suppress(OSError):  # a drive that cannot be read now, or a mapping that the system refuses: plans then assume a rate
+        disk = kept.rates("drives", drive_key(file)).get("read")
+        if disk is None and (disk := read_rate(file)):
+            kept.keep("drives", drive_key(file), {"read": disk})
+    with suppress(OSError):
+        if host is None and (host := host_copy_rate(file)):
+            kept.keep("hosts", host_key(), {"host_copy": host})
     return host, disk
 
 
@@ -144,16 +148,15 @@ def read_rate(path: Path) -> float | None:
 
 def host_copy_rate(path: Path) -> float | None:
     """Of copying a part of a mapped file that is in memory."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+    mapped = MappedFile(path)  # read-only: Windows promises memory for all of a mapping that can be written to
 
-        def copy(start: int, piece: memoryview) -> None:
-            source = torch.frombuffer(mapped, dtype=torch.uint8, offset=start, count=PIECE_BYTES)
-            torch.frombuffer(piece, dtype=torch.uint8).copy_(source)
+    def copy(start: int, piece: memoryview) -> None:
+        torch.frombuffer(piece, dtype=torch.uint8).copy_(mapped.tensor(start, PIECE_BYTES))
 
-        pieces = _pieces(len(mapped))[:2]
-        for start in pieces:
-            _rate_of_pieces([start], copy)  # brings it into memory
-        return _rate_of_pieces(4 * pieces, copy)
+    pieces = _pieces(len(mapped))[:2]
+    for start in pieces:
+        _rate_of_pieces([start], copy)  # brings it into memory
+    return _rate_of_pieces(4 * pieces, copy)
 
 
 def _pieces(size: int) -> list[int]:

@@ -47,7 +47,7 @@ FIRST_WAIT_SECONDS = 0.5
 _LOOKED_AT = 1000
 """Clips whose captions are measured: the data set may have many thousands."""
 
-_TOLD_BY_LIBRARIES = (
+_OUT_OF_MEMORY_MESSAGES = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -56,11 +56,15 @@ _TOLD_BY_LIBRARIES = (
 )
 
 
+class AskedToEnd(Exception):
+    """The run was asked to pause or stop while it waited for GPU memory."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory is used up: PyTorch's own, or a library's that allocates by itself."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(told in str(error) for told in _TOLD_BY_LIBRARIES)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES)
 
 
 @contextmanager
@@ -82,7 +86,7 @@ def with_room(training: Training, work: Callable[[], Result]) -> Result:
     """What `work` returns: done again, with less of the model on the device, as often as the device has no room for it.
 
     `work` must leave nothing behind when it is broken off but gradients, which are dropped. Raises RunError when the least
-    there is does not fit.
+    there is does not fit, and AskedToEnd when the run is asked to pause or stop while it waits for memory.
     """
     waits = _waits(training.step)
     return until_it_fits(work, lambda: _make_room(training, waits))
@@ -113,8 +117,13 @@ def _make_room(training: Training, waits: Iterator[float]) -> None:
         _wait(training, next(waits, None))
         return
     training.rearrange(arrangement)
-    again = f"What was used before is tried again in {GOOD_STEPS} steps" if training.shortages.will_go_back else "It stays so"
-    message = ". ".join([f"the device was full at step {step}: {told(training)}; the step is done again", *_not_kept(training), again])
+    again = (
+        f"The previous settings are tried again in {GOOD_STEPS} steps"
+        if training.shortages.will_go_back
+        else "The run keeps these settings"
+    )
+    less = f"Out of GPU memory at step {step}. The step is repeated with less on the GPU: {describe_offload(training)}"
+    message = ". ".join([less, *_not_kept(training), again])
     training.run.event("memory", step=step, message=message)
 
 
@@ -124,8 +133,10 @@ def _wait(training: Training, seconds: float | None) -> None:
             f"Out of GPU memory at step {training.step}, and everything that can be offloaded already is. {training.run.what_is_kept()} "
             "Use smaller or shorter clips, a smaller batch_size, memory.quantise, or a larger GPU."
         )
+    if training.asked_to_end():
+        raise AskedToEnd
     if seconds == FIRST_WAIT_SECONDS:
-        message = "the device is full, and everything that can be offloaded is: waiting for other programs to give memory back"
+        message = "Out of GPU memory, and everything that can be offloaded already is. Waiting for other programs to free memory."
         training.run.event("memory", step=training.step, message=message)
     time.sleep(seconds)
     if training.resident and not training.resident.residency.is_whole:
@@ -155,7 +166,9 @@ def go_back(training: Training) -> None:
     _drop_gradients(training)
     if training.learners[0].residency.arrangement == before:
         cost = _seconds_lost(training, since)
-        training.run.event("memory", step=training.step, message=f"as before step {since}, {told(training)} again{cost}")
+        training.run.event(
+            "memory", step=training.step, message=f"Back to the settings from before step {since}: {describe_offload(training)}{cost}"
+        )
 
 
 def _seconds_lost(training: Training, since: int) -> str:
@@ -192,21 +205,21 @@ def _not_kept(training: Training) -> list[str]:
     }
     if not (names := [name for name, is_broken in broken.items() if is_broken]):
         return []
-    return [f"{listed(names)} of the job cannot be kept to, since the rest is used up"]
+    return [f"{listed(names)} could not be kept: the GPU is too full"]
 
 
-def told(training: Training) -> str:
+def describe_offload(training: Training) -> str:
     """How the blocks are kept now, in words."""
     residency = training.learners[0].residency
     arrangement, placement = residency.arrangement, residency.placement
     blocks = len(residency.block_bytes)
-    words = [f"{len(placement.resident)} of {blocks} blocks stay on the device" if placement.streamed else "all blocks stay on the device"]
+    words = [f"{len(placement.resident)} of {blocks} blocks stay on the GPU" if placement.streamed else "all blocks stay on the GPU"]
     if residency.stream and arrangement.host == "pinned":
         words.append(f"{residency.stream.pinned_blocks} of {len(placement.streamed)} streamed blocks are pinned")
     if arrangement.activations == "host":
-        words.append("their inputs wait in host memory")
+        words.append("their inputs are in host memory")
     if arrangement.chunks > 1:
-        words.append(f"all but attention runs in {arrangement.chunks} parts")
+        words.append(f"all but attention runs in {arrangement.chunks} chunks")
     return ", ".join(words)
 
 
@@ -265,7 +278,7 @@ def probe(training: Training, budget_bytes: int | None = None, meter: Meter | No
         with_room(training, lambda: training.rearrange(waiting.pop()) if waiting else None)
         training.host.weights.close_idle()
     limit = f" of {budget_bytes / _GIB:.1f}" if budget_bytes is not None else ""
-    message = ". ".join([f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {told(training)}", *_not_kept(training)])
+    message = ". ".join([f"the largest sample takes {peak / _GIB:.1f}{limit} GiB; {describe_offload(training)}", *_not_kept(training)])
     training.run.event("memory", step=training.step, message=message)
 
 
@@ -278,7 +291,10 @@ def unmade_bytes(training: Training) -> int:
 
 
 def _corrected(training: Training, budget_bytes: int, peak_bytes: int) -> Arrangement | None:
-    """More or fewer blocks on the device for what the plan had wrong; None: it was right to within a block."""
+    """More or fewer blocks on the device for what the plan had wrong, or what else takes less where the job wants all of them there.
+
+    None: it was right to within a block.
+    """
     residency = training.learners[0].residency
     arrangement, block_bytes = residency.arrangement, residency.block_bytes
     free = int(budget_bytes * (1 - _MARGIN)) - peak_bytes
@@ -288,6 +304,9 @@ def _corrected(training: Training, budget_bytes: int, peak_bytes: int) -> Arrang
         return None
     if arrangement.weights_bytes is None and peak_bytes <= budget_bytes:
         return None
+    if training.job.memory.stream == "never" and free < 0:
+        less = tighter(arrangement, block_bytes, kept=kept_by(training.job))
+        return less if peak_bytes > budget_bytes else None
     if -min(block_bytes) < free < max(block_bytes):
         return None
     now = place(block_bytes, arrangement.weights_bytes).device_bytes

@@ -47,6 +47,7 @@ class Run:
         self.folder = folder
         self._events = folder / "events.jsonl"
         self._metrics = folder / "metrics.jsonl"
+        self._lines = journal.Writer()
         self._control = folder / "control"
         self._checkpoints = StepFolders(folder / "checkpoints")
 
@@ -136,11 +137,16 @@ class Run:
 
     def event(self, name: str, **fields: Any) -> None:
         """Append a line to events.jsonl. `time` is in seconds since 1970."""
-        journal.append(self._events, {"time": round(time.time(), 3), "event": name, **fields})
+        self._append(self._events, {"time": round(time.time(), 3), "event": name, **fields})
 
     def metrics(self, **fields: Any) -> None:
         """Append a line to metrics.jsonl. Everything measured in a step belongs in one line."""
-        journal.append(self._metrics, fields)
+        self._append(self._metrics, fields)
+
+    def _append(self, file: Path, record: journal.Record) -> None:
+        if why := self._lines.append(file, record):
+            message = f"Events and metrics could not be written for a while ({why}). They are written now, and none is missing."
+            self.event("warning", message=message)
 
     def read_events(self) -> list[journal.Record]:
         """All events, oldest first."""

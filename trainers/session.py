@@ -6,6 +6,7 @@ import gc
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .environment import allow_determinism, go_offline, started_processes, use_memory_without_gaps
@@ -43,8 +44,9 @@ def _work(run: Run) -> int:
         while (outcome := _train(run)) == "paused" and run.requested() is None:
             gc.collect()  # the pause was taken back: go on, without what the first training left in reference cycles on the GPU
     except Exception as error:
-        traceback.print_exc()
         run.event("failed", message=_message(error), error=type(error).__name__)
+        with suppress(OSError):  # worker.log is on the same disk as events.jsonl, which may be full
+            traceback.print_exc()
         return 1
     run.clear("stop")
     run.clear("pause")

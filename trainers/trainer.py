@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from .optimizers import learning_rate_factor, set_learning_rate
 from .pace import Pace
 from .predict import batch_loss
 from .previews import Previews
-from .room import go_back, is_out_of_memory, probe, with_room
+from .room import AskedToEnd, go_back, is_out_of_memory, probe, with_room
 from .run import Run
-from .run_status import OUTCOMES, Outcome
+from .run_status import OUTCOMES, Outcome, Request
+from .trackers import end_trackers, track
 from .training import Learner, Training, check_saved, open_training, save_checkpoint
 
 MOST_SKIPPED_STEPS = 20
@@ -31,7 +32,7 @@ MOST_SKIPPED_STEPS = 20
 def train(run: Run) -> Outcome:
     """Trains `run` from its latest checkpoint (or from the beginning) to its last step, or until it is asked to stop.
 
-    Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can mend.
+    Writes metrics, checkpoints, LoRA files and previews as it goes. Raises VideoTrainerError for what a user can fix.
     """
     training = open_training(run)
     with closing(training):
@@ -43,30 +44,69 @@ def _train(training: Training) -> Outcome:
     found = {"allocator": name} if (name := allocator(training.device)) else {}
     run.event("training", step=training.step, total_steps=training.total_steps, **found)
     if training.step < training.total_steps:
-        probe(training)
+        with suppress(AskedToEnd):
+            probe(training)
     previews, held_out, pace = Previews.of(training), held_out_clips(training), Pace()
     previews.write_if_due(training.step, training.step == training.total_steps)
     while training.step < training.total_steps:
-        if asked := run.requested():
-            if training.step:
-                save_checkpoint(training)
+        if (asked := training.asked_to_end()) and may_end(training, asked):
             return OUTCOMES[asked]
-        training.step += 1
-        go_back(training)
-        there = training.resident
-        metrics = optimize(training)
-        if training.resident is there:  # or the step's time is that of loading weights, too
+        resident_before = training.resident
+        try:
+            metrics = next_step(training)
+        except AskedToEnd:
+            continue
+        if training.resident is resident_before:  # or the step's time is that of loading weights, too
             watch_pace(training, pace, metrics["seconds"])
         last = training.step == training.total_steps
         if due(training.step, run.job.held_out.every_steps, last):
-            metrics |= with_room(training, lambda: held_out.loss(training.transformer_at, training.device, training.dtype))
+            with suppress(AskedToEnd):
+                metrics |= with_room(training, lambda: held_out.loss(training.transformer_at, training.device, training.dtype))
         report(training, metrics)
         if due(training.step, run.job.checkpoints.every_steps, last):
             save_checkpoint(training)
         previews.write_if_due(training.step, last)
-    training.accelerator.end_training()
+    end_trackers(training)
     check_saved(training)
     return "done"
+
+
+def may_end(training: Training, asked: Request) -> bool:
+    """Whether the run can end as it is asked to: what it learned so far is saved. If not, it trains on instead of pausing.
+
+    Raises RunError when it should stop.
+    """
+    run, step = training.run, training.step
+    if step:
+        save_checkpoint(training)
+    if not step or step in run.checkpoints():
+        return True
+    good = run.latest_checkpoint() or 0
+    if asked == "stop":
+        raise RunError(
+            f"The run stopped at step {step}, but {training.unsaved}. Free disk space, or close or move what is in the way, then resume "
+            f"the run: it starts from step {good}."
+        )
+    training.cannot_pause = True
+    message = (
+        f"The run cannot pause yet: {training.unsaved}. It goes on and tries again at the next checkpoint, so that the steps since step "
+        f"{good} are not lost. Free disk space; to end it at once, stop it."
+    )
+    run.event("warning", step=step, message=message)
+    return False
+
+
+def next_step(training: Training) -> dict[str, Any]:
+    """Trains one more step; what it measured. Raises AskedToEnd when the run is to end while it waits for GPU memory: then the
+    step is not counted.
+    """
+    training.step += 1
+    try:
+        go_back(training)
+        return optimize(training)
+    except AskedToEnd:
+        training.step -= 1
+        raise
 
 
 def held_out_clips(training: Training) -> HeldOut:
@@ -173,4 +213,4 @@ def report(training: Training, metrics: dict[str, Any]) -> None:
         metrics["vram_gib"] = torch.cuda.max_memory_reserved(training.device) / 2**30
     training.run.metrics(step=training.step, **metrics)
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    training.accelerator.log(numbers, step=training.step)
+    track(training, numbers)

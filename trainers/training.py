@@ -33,8 +33,10 @@ from .preflight import check, extended_run
 from .residency import HostSide, Residency
 from .room import saying_what_is_full
 from .run import Run
+from .run_status import Request
 from .shortage import Shortages
 from .state import Learnt, Position, check_position, read_optimizer, read_position, read_tensors, save_state
+from .trackers import start_trackers, trackers_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +78,7 @@ class Training:
     dtype: torch.dtype
     host: HostSide
     plan: MemoryPlan | None = None
-    """What was planned of the card's memory; None: there is no card."""
+    """The GPU memory plan; None without a GPU."""
     step: int = 0
     skipped_steps: int = 0
     """How many of the last steps a loss scaler skipped, one after the other."""
@@ -84,10 +86,18 @@ class Training:
     shortages: Shortages[Arrangement] = field(default_factory=Shortages)
     unsaved: str = ""
     """Why the files of the latest checkpoint are not there; "" when they are."""
+    cannot_pause: bool = False
+    """Whether it should pause and could not, since its state could not be saved."""
 
     @property
     def position(self) -> Position:
         return Position(self.step, self.encoded.identity, self.samples.order.micro_per_step, self.skipped_steps)
+
+    def asked_to_end(self) -> Request | None:
+        """What the run is asked to do. A pause for which its state could not be saved waits for the next checkpoint."""
+        request = self.run.requested()
+        self.cannot_pause = self.cannot_pause and request == "pause"
+        return None if self.cannot_pause and self.step not in self.run.checkpoints() else request
 
     @property
     def trained(self) -> list[Learner]:
@@ -149,7 +159,7 @@ def open_training(run: Run) -> Training:
         training = _loaded(run)
         undo.callback(training.close)
         _restore(training)
-        _start_trackers(training)
+        start_trackers(training)
         undo.pop_all()
     return training
 
@@ -371,17 +381,6 @@ def _accelerator(run: Run, device: torch.device, precision: Precision) -> Accele
         cpu=device.type == "cpu",
         mixed_precision="fp16" if precision.name == "fp16" else "no",
         kwargs_handlers=[AutocastKwargs(enabled=False)],
-        log_with=_trackers(run.job),
+        log_with=trackers_of(run.job),
         project_config=ProjectConfiguration(project_dir=str(run.folder), logging_dir=str(run.folder / "tensorboard")),
     )
-
-
-def _trackers(job: Job) -> list[str] | None:
-    from accelerate.utils import is_tensorboard_available
-
-    return ["tensorboard"] if job.tensorboard and is_tensorboard_available() else None
-
-
-def _start_trackers(training: Training) -> None:
-    options: dict[str, Any] = {"tensorboard": {"purge_step": training.step + 1}}
-    training.accelerator.init_trackers("", init_kwargs=options)

@@ -97,7 +97,7 @@ def test_refused_batches_do_not_shrink_the_model(tmp_path: Path, wanted: dict[st
     assert losses(run) == pytest.approx(wanted["losses"], rel=1e-5)
     found = messages(run)
     assert [message for message in found if "Batches go to the GPU through memory that is not pinned" in message]
-    assert "all blocks stay on the device" in found[-1]
+    assert "all blocks stay on the GPU" in found[-1]
 
 
 @pytest.mark.parametrize("host", ["mapped", "pinned"])

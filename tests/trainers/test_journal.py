@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 
 import pytest
@@ -26,6 +27,39 @@ def test_lines_come_back_in_order_and_from_an_offset(tmp_path):
 def test_a_missing_file_has_no_lines(tmp_path):
     assert journal.read(tmp_path / "none") == ([], 0)
     assert journal.read_tail(tmp_path / "none") == []
+
+
+def test_lines_that_cannot_be_written_wait_for_the_next_one(tmp_path):
+    """In their order, those of all files; but a writer that could never write says so at once."""
+    gone, kept = tmp_path / "gone" / "a.jsonl", tmp_path / "kept.jsonl"
+    lines = journal.Writer()
+    with pytest.raises(FileNotFoundError):
+        lines.append(gone, {"n": 0})
+    assert lines.append(kept, {"n": 1}) == ""
+    assert [lines.append(path, {"n": n}) for n, path in ((2, gone), (3, kept), (4, gone))] == ["", "", ""]
+    assert journal.read(kept)[0] == [{"n": 1}]
+    gone.parent.mkdir()
+    assert "No such file" in lines.append(kept, {"n": 5})
+    assert lines.append(kept, {"n": 6}) == ""
+    assert journal.read(gone)[0] == [{"n": 2}, {"n": 4}]
+    assert journal.read(kept)[0] == [{"n": n} for n in (1, 3, 5, 6)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are limited in size by POSIX")
+def test_a_line_of_which_only_a_part_fits_is_not_written(tmp_path):
+    """The system writes what fits and says so by a number: the line counted as written, and readers skipped it."""
+    import resource
+
+    path = tmp_path / "a.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            journal.append(path, {"a long line": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append(path, {"n": 2})
+    assert journal.read(path)[0] == [{"n": 2}]
 
 
 @pytest.mark.parametrize("torn", [b'{"n": 2, "lo', b'{"n": "\xc3', b"{", b'{"n": 2}'])

@@ -265,7 +265,7 @@ def test_weights_that_come_half_way_are_fetched_anew(tmp_path: Path, reference: 
         patch.setattr(Residency, "enter", enter)
         assert small.train(run) == "done"
     assert next(calls) > max(full)
-    assert ["the device was full at step 1" in event["message"] for event in run.read_events() if event["event"] == "memory"] == [True]
+    assert ["Out of GPU memory at step 1" in event["message"] for event in run.read_events() if event["event"] == "memory"] == [True]
     assert reference.is_made_by(small, tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 from dataclasses import replace
@@ -62,6 +63,36 @@ def test_a_large_file_is_measured_and_a_small_one_is_not(tmp_path: Path, base: P
     assert (found.disk, found.host_copy) == (rates.ASSUMED_DISK_RATE, rates.ASSUMED_HOST_COPY_RATE)
     assert not found.measured & {"disk", "host_copy"}
     assert rates.rates_of(CPU, torch.float32, tmp_path / "nowhere").disk == rates.ASSUMED_DISK_RATE
+
+
+@pytest.mark.parametrize("name", ["host_copy_rate", "read_rate", "drive_key"])
+def test_a_file_that_cannot_be_measured_has_the_assumed_rate(
+    tmp_path: Path, base: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On Windows a 28 GB file did not fit the paging file (error 1455): every run and plan over it ended with that."""
+
+    def fails(*_: object) -> float:
+        raise OSError(1455, "The paging file is too small for this operation to complete")
+
+    monkeypatch.setattr(rates, name, fails)
+    found = rates.rates_of(CPU, torch.float32, base, Measurements(tmp_path))
+    lacks = "host_copy" if name == "host_copy_rate" else "disk"
+    assert found.measured == {"flops", "memory", "copy", "host_copy", "disk"} - {lacks}
+    assert getattr(found, lacks) == (rates.ASSUMED_HOST_COPY_RATE if lacks == "host_copy" else rates.ASSUMED_DISK_RATE)
+
+
+def test_no_memory_is_promised_for_a_mapped_file(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private, writable mapping counts as memory in full: on Windows always, on Linux where the kernel does not overcommit."""
+    opened, real = [], mmap.mmap
+
+    class Watched(real):  # type: ignore[misc, valid-type]
+        def __new__(cls, descriptor: int, length: int, **options: int) -> Watched:
+            opened.append((descriptor, options.get("access")))
+            return real.__new__(cls, descriptor, length, **options)
+
+    monkeypatch.setattr(mmap, "mmap", Watched)
+    assert rates.host_copy_rate(base)
+    assert all(access == mmap.ACCESS_READ for descriptor, access in opened if descriptor != -1)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "devices": {"KEY": {"copy": 5.0}}}', '{"version": 1, "devices": 7}'])

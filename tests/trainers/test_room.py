@@ -88,8 +88,9 @@ def test_a_run_that_meets_a_full_device_learns_the_same(wan_run, monkeypatch):
     assert loras(small) == loras(straight) != []
     told = [event["message"] for event in small.read_events() if event["event"] == "memory"]
     assert len(told) == device.failed
-    assert "the device was full at step 2: all blocks stay on the device, their inputs wait in host memory" in told[0]
-    assert "of 6 blocks stay on the device" in told[-1]
+    assert "Out of GPU memory at step 2. The step is repeated with less on the GPU: all blocks stay on the GPU, their inputs " in told[0]
+    assert "their inputs are in host memory" in told[0]
+    assert "of 6 blocks stay on the GPU" in told[-1]
     steps = [line["step"] for line in small.read_metrics()]
     assert steps == [1, 2, 3]
 
@@ -102,6 +103,42 @@ def test_when_nothing_is_left_the_run_says_so(wan_run, monkeypatch):
     with pytest.raises(RunError, match=r"Out of GPU memory at step 2, .* No checkpoint has been saved yet\.") as caught:
         train(run)
     assert "memory.quantise" in str(caught.value)
+
+
+@pytest.mark.parametrize(("request_", "outcome"), [("pause", "paused"), ("stop", "stopped")])
+def test_a_run_that_waits_for_memory_can_be_paused_and_stopped(wan_run, monkeypatch, request_, outcome):
+    """A user who pressed Pause or Stop while the GPU was full waited for up to ten minutes, and then the run failed."""
+    straight, run, slept = wan_run("straight"), wan_run("asked"), []
+    train(straight)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        run.request(request_)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room.time, "sleep", sleep)
+        SmallDevice(patched, at_step=2, room_for_bytes=0)
+        assert train(run) == outcome
+    assert len(slept) == 1
+    assert run.checkpoints() == [1]
+    run.clear(request_)
+    assert train(run) == "done"
+    assert [line["step"] for line in run.follow_metrics()[0]] == [1, 2, 3]
+    assert loras(run)[-1] == loras(straight)[-1]
+
+
+def test_all_blocks_stay_where_the_job_wants_that_and_anything_else_can_be_given_up(wan_run):
+    """The probe streamed a block of a job with memory.stream = "never", although the inputs of blocks were still on the GPU."""
+    run = wan_run("never")
+    training = open_training(run)
+    training.job = training.job.model_copy(update={"memory": MemorySpec(stream="never")})
+    residency = roomy(training)
+    budget = 1_000_000 + sum(residency.block_bytes) - max(residency.block_bytes)
+    probe(training, budget, metered(training, 1_000_000))
+    assert not residency.placement.streamed
+    assert residency.arrangement.activations == "host"
+    (message,) = [event["message"] for event in run.read_events() if event["event"] == "memory"]
+    assert "could not be kept" not in message
 
 
 def test_other_errors_are_not_swallowed(wan_run):
@@ -322,7 +359,7 @@ def test_a_correction_for_which_there_is_no_room_is_not_the_end(wan_run, monkeyp
     probe(training, budget_bytes=GIB, meter=Meter(lambda: None, lambda: 0))
     assert 0 < len(residency.placement.streamed) < len(residency.block_bytes)
     messages = [event["message"] for event in run.read_events() if event["event"] == "memory"]
-    assert "the device was full at step 0" in messages[-2]
+    assert "Out of GPU memory at step 0" in messages[-2]
     assert "the largest sample takes" in messages[-1]
     training.step = 1
     trainer.optimize(training)

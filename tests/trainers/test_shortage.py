@@ -138,7 +138,7 @@ def test_a_run_grows_back_and_learns_the_same(wan_run, monkeypatch) -> None:
     assert [device.arrangements[step] == start for step in range(1, 17)] == [step < 3 or step >= 8 for step in range(1, 17)]
     assert losses(short) == losses(straight)
     assert "tried again" in messages(short)[0]
-    assert "as before step 3, all blocks stay on the device again; with less on the GPU a step took" in messages(short)[-1]
+    assert "Back to the settings from before step 3: all blocks stay on the GPU; with less on the GPU a step took" in messages(short)[-1]
 
 
 def test_a_trial_that_fails_is_not_repeated(wan_run, monkeypatch) -> None:
@@ -149,7 +149,7 @@ def test_a_trial_that_fails_is_not_repeated(wan_run, monkeypatch) -> None:
     start, less = device.arrangements[1], device.arrangements[3]
     assert {device.arrangements[step] for step in range(8, 17)} == {less} != {start}
     assert losses(short) == losses(straight)
-    assert messages(short)[-1].endswith("It stays so")
+    assert messages(short)[-1].endswith("The run keeps these settings")
 
 
 def test_a_wait_does_not_go_on_with_half_a_model(wan_run, monkeypatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,15 +132,12 @@ def test_training_goes_on_without_a_checkpoint_and_is_the_same(
 def test_a_resume_from_the_last_good_checkpoint_is_exact(
     tmp_path: Path, failing: Callable[[Failure, int], None], expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Stopped on a full disk, a run said "stopped", and nothing of the steps since its last checkpoint was there."""
     failing(FULL, 4)
     run = run_in(tmp_path / "run")
-    run.request("pause")
-
-    def asked(which: Run) -> str | None:
-        return "pause" if len(which.read_metrics()) == 4 else None
-
-    monkeypatch.setattr(Run, "requested", asked)
-    assert trainer.train(run) == "paused"
+    monkeypatch.setattr(Run, "requested", lambda which: "stop" if len(which.read_metrics()) == 4 else None)
+    with pytest.raises(RunError, match=r"The run stopped at step 4, but the checkpoint of step 4 could .* it starts from step 2\."):
+        trainer.train(run)
     assert run.status().warning.startswith("the checkpoint of step 4 could not be saved")
     monkeypatch.undo()
     run.clear("pause")
@@ -148,6 +145,59 @@ def test_a_resume_from_the_last_good_checkpoint_is_exact(
     assert [line["step"] for line in run.follow_metrics()[0]] == [1, 2, 3, 4, 3, 4, 5, 6]
     assert lora_path(run, 6).read_bytes() == expected
     assert run.status().warning == "", "it is over"
+
+
+@pytest.mark.parametrize("full_at", [(3,), (3, 4)])
+def test_a_pause_that_cannot_be_saved_is_put_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes, full_at: tuple[int, ...]
+) -> None:
+    """On a full disk the run was "paused" without a checkpoint: the steps since the last one were lost, and nobody said so."""
+    tried, save = [], trainer.save_checkpoint
+
+    def save_on_a_full_disk(training: Training) -> None:
+        tried.append(training.step)
+        with FULL(training.run) if training.step in full_at else nullcontext():
+            save(training)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save_on_a_full_disk)
+    run = run_in(tmp_path / "run")
+    monkeypatch.setattr(Run, "requested", lambda which: "pause" if len(which.read_metrics()) >= 3 else None)
+    assert trainer.train(run) == ("paused" if full_at == (3,) else "done")
+    assert tried == ([2, 3, 4, 4] if full_at == (3,) else [2, 3, 4, 6]), "once, and then with the checkpoints"
+    (warning,) = [warning for warning in warnings(run) if "pause" in warning]
+    assert re.fullmatch(
+        r"The run cannot pause yet: the checkpoint of step 3 could not be saved: .*File too large.*\. "
+        r"It goes on and tries again at the next checkpoint, so that the steps since step 2 are not lost\. "
+        r"Free disk space; to end it at once, stop it\.",
+        warning,
+    )
+    monkeypatch.undo()
+    if full_at == (3,):
+        assert run.checkpoints() == [2, 4]
+        assert trainer.train(run) == "done"
+    assert [line["step"] for line in run.follow_metrics()[0]] == [1, 2, 3, 4, 5, 6]
+    assert lora_path(run, 6).read_bytes() == expected
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
+def test_metrics_on_a_full_disk_are_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ended at the next step's line of metrics, although its checkpoints could wait for the disk to have space again."""
+    report = trainer.report
+
+    def report_on_a_full_disk(training: Training, metrics: dict[str, Any]) -> None:
+        with files_limited_to(20, training.run) if training.step in (3, 4) else nullcontext():
+            report(training, metrics)
+
+    monkeypatch.setattr(trainer, "report", report_on_a_full_disk)
+    (tmp_path / "run").mkdir()
+    run = Run.create(tiny_job(tmp_path / "run", steps=6, tensorboard=True))
+    assert trainer.train(run) == "done"
+    assert [line["step"] for line in run.follow_metrics()[0]] == [1, 2, 3, 4, 5, 6]
+    curves, files = warnings(run)
+    assert re.fullmatch(r"TensorBoard's curves could not be written: .*File too large.* metrics\.jsonl has every step\.", curves)
+    assert re.fullmatch(
+        r"Events and metrics could not be written for a while \(.*File too large.*\)\. They are written now, and none is missing\.", files
+    )
 
 
 def test_a_lora_that_cannot_be_written_is_not_the_end(tmp_path: Path, failing: Callable[[Failure, int], None], expected: bytes) -> None:

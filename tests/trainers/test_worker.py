@@ -50,6 +50,15 @@ def test_a_failure_for_the_user_is_told_in_full(stand_in, make_job):
     assert run.status().message == "num_frames is 80; Wan needs 4n+1. Use 77 or 81."
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a device that is always full")
+def test_a_failure_is_an_event_where_nothing_can_be_printed(stand_in, make_job):
+    """On a full disk the traceback could not be written to worker.log, and then nothing said why the run ended."""
+    run = Run.create(make_job("fails"))
+    with open("/dev/full", "w") as full:
+        subprocess.run([sys.executable, str(launch.WORKER), str(run.folder)], stdout=full, stderr=full, check=False, cwd=run.folder)
+    assert _events(run) == ["queued", "training", "failed"]
+
+
 def test_another_failure_points_at_the_log(stand_in, make_job):
     run = Run.create(make_job("fails"))
     done = _work(run)
