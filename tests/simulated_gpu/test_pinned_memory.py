@@ -127,12 +127,19 @@ def test_another_arrangement_pins_only_what_is_new(tmp_path: Path) -> None:
 def test_slots_that_do_not_fit_pin_no_block(tmp_path: Path) -> None:
     """Gigabytes were copied and pinned before the GPU was asked for the slots; they stayed pinned when it had no memory for them."""
     training = open_training(Run.create(job_on("cuda:0", tmp_path, WAN, ONE, memory={"stream": "always", "host": "pinned"})))
-    gpu.fail_allocations(1)  # after what stays on the GPU, which comes through the staging buffers
-    with pytest.raises(torch.OutOfMemoryError) as full:
-        training.take_turn(1)
-    assert "stream.py" in {entry.path.name for entry in full.traceback}, "it was a slot that had no memory"
-    assert gpu.registrations() == 2, "the staging buffers alone: a block would be one more"
-    del full
+    failed_in = set[str]()
+    for after in range(30):  # what stays on the GPU is allocated before
+        pinned = gpu.registrations()
+        gpu.fail_allocations(after)
+        with pytest.raises(torch.OutOfMemoryError) as full:
+            training.take_turn(1)
+        failed_in = {entry.path.name for entry in full.traceback}
+        del full
+        if "stream.py" in failed_in:
+            break
+        training.make_way()
+    assert "stream.py" in failed_in, "it was a slot that had no memory"
+    assert gpu.registrations() - pinned <= 2, "the staging buffers at most: each block would be one more"
     training.close()
 
 
