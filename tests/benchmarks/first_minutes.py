@@ -15,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CHECK_SECONDS = 100
 PART_SECONDS = (480, 420)
+LAST_ROUND_SECONDS = 60
+STOPPING_SECONDS = 30
 NOT_MEASURED = "not measured"
 
 Found = Mapping[str, Mapping[str, Any]]
@@ -225,18 +229,20 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run_part(part: int, options: argparse.Namespace) -> None:
-    seconds = PART_SECONDS[part - 1]
+    """All rounds within the part's seconds: the last one has what the others left, which is at least `LAST_ROUND_SECONDS`."""
+    end, rounds = time.monotonic() + PART_SECONDS[part - 1], _rounds(part)
     if part == 1:
         check = [sys.executable, "-m", "trainers", "check", "--device", options.device, "--runs", str(options.out)]
         _limited(check, CHECK_SECONDS)
-        seconds -= CHECK_SECONDS
-    for round_, names in enumerate(_rounds(part)):
-        out = options.out / f"part{part}{'' if round_ == 0 else '_async'}.json"
-        command = [sys.executable, str(Path(__file__).with_name("full_size.py")), "--device", options.device, "--out", str(out)]
-        command += ["--budget-seconds", str(seconds), "--cases", ",".join(names)]
-        command += (["--folder", options.folder] if options.folder else []) + ["--tiny"] * options.tiny
-        _limited(command, seconds + 30, {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"} if round_ else {})
-        _write_answers(options.out)
+    with tempfile.TemporaryDirectory(prefix="first-minutes-", ignore_cleanup_errors=True) as temporary:
+        for round_, names in enumerate(rounds):
+            seconds = end - time.monotonic() - LAST_ROUND_SECONDS * (len(rounds) - 1 - round_)
+            out = options.out / f"part{part}{'' if round_ == 0 else '_async'}.json"
+            command = [sys.executable, str(Path(__file__).with_name("full_size.py")), "--device", options.device, "--out", str(out)]
+            command += ["--budget-seconds", f"{seconds:.0f}", "--cases", ",".join(names), "--folder", options.folder or temporary]
+            command += ["--tiny"] * options.tiny
+            _limited(command, seconds + STOPPING_SECONDS, {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"} if round_ else {})
+            _write_answers(options.out)
 
 
 def _rounds(part: int) -> list[list[str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import first_minutes
 import full_size  # noqa: F401  first: it says where the others are
+import pytest
 from cases import CASES
 from first_minutes import ASYNC, CHUNKS, PART_SECONDS, PARTS, _rounds, found_in, main
 
@@ -32,6 +34,25 @@ def test_every_case_is_selected_by_its_name_alone():
             assert {name.partition(",")[0] for name in wanted - {ASYNC}} >= set(names)
     assert {name for question in QUESTIONS for name in question.cases} - {ASYNC} <= {case.name for case in CASES}
     assert sum(PART_SECONDS) <= 900
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_part_takes_no_longer_than_it_says(part, tmp_path, monkeypatch):
+    """Part 2 gave all of its 7 minutes to each of two rounds: 14 minutes, of 15 that a GPU may be lent for."""
+    clock, commands = [1000.0], []
+
+    def run(command, **_):
+        commands.append(command)
+        clock[0] += float(command[command.index("--budget-seconds") + 1]) if "--budget-seconds" in command else 60.0
+
+    monkeypatch.setattr(first_minutes.subprocess, "run", run)
+    monkeypatch.setattr(first_minutes.time, "monotonic", lambda: clock[0])
+    main(["--out", str(tmp_path), "--part", str(part)])
+    rounds = [command for command in commands if "--budget-seconds" in command]
+    assert len(rounds) == len(_rounds(part))
+    assert clock[0] - 1000.0 <= PART_SECONDS[part - 1]
+    assert all(float(command[command.index("--budget-seconds") + 1]) >= 60 for command in rounds)
+    assert len({command[command.index("--folder") + 1] for command in rounds}) == 1, "models are made in one folder"
 
 
 def test_answers_are_read_from_the_results(tmp_path, capsys):

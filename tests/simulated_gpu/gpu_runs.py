@@ -125,6 +125,8 @@ def shared_job(device: str, folder: Path, variant_id: str, **fields: Any) -> Job
     base = values["base"] | {"variant": variant_id}
     paths = {"base": base, "runs_folder": str(folder / "runs"), "loras_folder": str(folder / "loras")}
     usual = {"device": device, "precision": "fp32", "gradient_checkpointing": True, "steps": 3}
+    if fields.get("method") == "full":
+        del values["lora"]
     return parse_job(values | paths | usual | fields)
 
 

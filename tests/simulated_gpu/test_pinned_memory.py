@@ -18,7 +18,8 @@ from trainers import memory_limits, trainer
 from trainers.family import families
 from trainers.job import Job
 from trainers.offload import blocks
-from trainers.offload.pinned import pinnable_bytes
+from trainers.offload.pinned import Buffer, pinnable_bytes
+from trainers.rates import copy_rate
 from trainers.run import Run
 from trainers.training import Training, open_training
 
@@ -121,6 +122,42 @@ def test_another_arrangement_pins_only_what_is_new(tmp_path: Path) -> None:
         training.rearrange(dataclasses.replace(residency.arrangement, weights_bytes=weights_bytes))
         assert gpu.registrations() == registered
     training.close()
+
+
+def test_slots_that_do_not_fit_pin_no_block(tmp_path: Path) -> None:
+    """Gigabytes were copied and pinned before the GPU was asked for the slots; they stayed pinned when it had no memory for them."""
+    training = open_training(Run.create(job_on("cuda:0", tmp_path, WAN, ONE, memory={"stream": "always", "host": "pinned"})))
+    failed_in = set[str]()
+    for after in range(30):  # what stays on the GPU is allocated before
+        pinned = gpu.registrations()
+        gpu.fail_allocations(after)
+        with pytest.raises(torch.OutOfMemoryError) as full:
+            training.take_turn(1)
+        failed_in = {entry.path.name for entry in full.traceback}
+        del full
+        if "stream.py" in failed_in:
+            break
+        training.make_way()
+    assert "stream.py" in failed_in, "it was a slot that had no memory"
+    assert gpu.registrations() - pinned <= 2, "the staging buffers at most: each block would be one more"
+    training.close()
+
+
+def test_memory_is_pinned_for_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ComfyUI pins its own (cudaHostRegisterPortable): else copies to a second GPU are not asynchronous."""
+    cudart, flags = torch.cuda.cudart(), list[int]()
+    usual = cudart.cudaHostRegister
+    monkeypatch.setattr(cudart, "cudaHostRegister", lambda pointer, size, flag: flags.append(flag) or usual(pointer, size, flag))
+    Buffer(4096, GPU).close()
+    assert flags == [1]
+
+
+def test_measuring_copies_leaves_nothing_pinned() -> None:
+    """128 MiB stayed in torch's cache for good; and a rate of memory that is not pinned would be no rate of streamed weights."""
+    assert copy_rate(GPU) > 0
+    assert gpu.report().copies
+    assert gpu.report().pageable == {}
+    assert gpu.pinned_by_torch_bytes() == 0
 
 
 @pytest.mark.parametrize("memory", [ALL_IN_PINNED_MEMORY, {"stream": "always", "host": "mapped", "activations": "host"}])

@@ -14,7 +14,7 @@ import tiny_families
 import torch
 from tiny_families import tiny_job_of, write_native
 
-from trainers import previews, trainer
+from trainers import previews, shortage, trainer
 from trainers.cli.follow import _news
 from trainers.demo.demo import VAE
 from trainers.family import Variant, families
@@ -209,6 +209,18 @@ def test_nothing_is_tried_twice(tmp_path: Path) -> None:
     small, run = Device(lambda what, held, tile: held > small.blocks // 2 if what == "sample" else tile is None), new_run(tmp_path)
     assert small.train(run) == "done"
     assert [tile for what, _, tile in small.tried if what == "decode"] == [None, 4, 4], "in latents"
+
+
+def test_as_much_is_used_again_once_the_gpu_is_free_again(tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program took the GPU for a second, and previews were decoded without the transformer, or in tiles, to the run's end."""
+    monkeypatch.setattr(shortage, "GOOD_STEPS", 2)
+    taken = iter([True])
+    small, run = Device(lambda what, held, tile: what == "decode" and next(taken, False)), new_run(tmp_path)
+    assert small.train(run) == "done"
+    assert [held > 0 for what, held, _ in small.tried if what == "decode"] == [True, False, True]
+    (event,) = [event for event in samples(run) if "as before it was full" in event.get("message", "")]
+    assert event["step"] == 2
+    assert reference.is_made_by(small, tmp_path)
 
 
 @pytest.mark.parametrize(

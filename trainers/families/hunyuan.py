@@ -32,7 +32,6 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
-    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -42,6 +41,7 @@ from ..offload.chunks import ChunkedForward
 from ..text_masks import every_row, padded, rows_that_count, says_nothing
 from ._hunyuan_block import CHUNKED
 from ._hunyuan_keys import KEYS, LORA_KEYS, VAE_KEYS
+from ._hunyuan_trial import TRIAL
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -124,16 +124,7 @@ class Hunyuan:
     precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = None
-    trial = Trial(
-        heads=24,
-        head_width=128,
-        masked=True,
-        config={
-            **{"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 1, "num_single_layers": 2, "text_embed_dim": 32},
-            **{"pooled_projection_dim": 16, "image_condition_type": None},
-        },
-        pooled_width=16,
-    )
+    trial = TRIAL
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT

@@ -35,7 +35,6 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
-    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -45,6 +44,7 @@ from ..offload.chunks import ChunkedForward
 from ..text_masks import padded, rows_that_count
 from ._ltx_block import CHUNKED
 from ._ltx_files import KINDS, candidates, header_config, notes_on, perhaps_rotated, read_header, refuse_rotated
+from ._ltx_trial import TRIAL
 from ._ltx_vae import VAE_KEYS_0_9, VAE_KEYS_0_9_1, VAE_KEYS_0_9_5, vae_config
 
 if TYPE_CHECKING:
@@ -170,16 +170,7 @@ class Ltx:
     control: ControlLoras | None = ControlLoras(
         "reference", r"(lora_unet_)?transformer_blocks[._]\d+[._](attn1|attn2|ff)[._]", comfyui_model="LTXV"
     )
-    trial = Trial(
-        heads=32,
-        head_width=64,
-        masked=True,
-        config={
-            **{"num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256, "num_layers": 3},
-            **{"caption_channels": 32, "causal_temporal_positioning": False},
-        },
-        patch_side=1,
-    )
+    trial = TRIAL
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT

@@ -29,7 +29,6 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
-    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -40,6 +39,7 @@ from ..offload.chunks import ChunkedForward
 from ..text_masks import every_row, padded, rows_that_count
 from ._mochi_attention import JointAttention
 from ._mochi_block import CHUNKED
+from ._mochi_trial import TRIAL
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -187,15 +187,7 @@ class Mochi:
     precisions: tuple[PrecisionName, ...] = ("bf16", "fp32")
     chunked: tuple[ChunkedForward, ...] = CHUNKED
     control: ControlLoras | None = None
-    trial = Trial(
-        heads=24,
-        head_width=128,
-        masked=True,
-        config={
-            **{"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 3, "time_embed_dim": 32, "text_embed_dim": 32},
-            **{"pooled_projection_dim": 32, "in_channels": 12, "out_channels": 12},
-        },
-    )
+    trial = TRIAL
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT

@@ -39,7 +39,6 @@ from ..family import (
     TextBatch,
     TextFolder,
     TextRecord,
-    Trial,
     Vae,
     VaeDetection,
     Variant,
@@ -47,6 +46,7 @@ from ..family import (
 from ..offload.chunks import ChunkedForward
 from ._wan_block import CHUNKED
 from ._wan_keys import KEYS, VAE_KEYS_2_1, VAE_KEYS_2_2
+from ._wan_trial import TRIAL
 from ._wan_variants import KIND_OF, KINDS, LATENT, LATENT_2_2, SAMPLING_OF, detect
 
 if TYPE_CHECKING:
@@ -85,15 +85,7 @@ class Wan:
     control: ControlLoras | None = ControlLoras(
         "channels", r"(lora_unet_)?(blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]|patch_embedding\.)", comfyui_model="WAN21"
     )
-    trial = Trial(
-        heads=40,
-        head_width=128,
-        masked=False,
-        config={
-            **{"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 3, "ffn_dim": 256, "text_dim": 32, "freq_dim": 32},
-            **{"patch_size": (1, 2, 2), "rope_max_seq_len": 1024, "in_channels": 16, "out_channels": 16},
-        },
-    )
+    trial = TRIAL
 
     def latent(self, variant: Variant) -> LatentSpec:
         return LATENT_2_2 if KIND_OF[variant.id].first_frame_in_place else LATENT
