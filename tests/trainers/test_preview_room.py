@@ -218,7 +218,7 @@ def test_as_much_is_used_again_once_the_gpu_is_free_again(tmp_path: Path, refere
     small, run = Device(lambda what, held, tile: what == "decode" and next(taken, False)), new_run(tmp_path)
     assert small.train(run) == "done"
     assert [held > 0 for what, held, _ in small.tried if what == "decode"] == [True, False, True]
-    (event,) = [event for event in samples(run) if "as before it was full" in event.get("message", "")]
+    (event,) = [event for event in samples(run) if "as before it ran out" in event.get("message", "")]
     assert event["step"] == 2
     assert reference.is_made_by(small, tmp_path)
 
