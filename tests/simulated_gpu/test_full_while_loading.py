@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,19 @@ from trainers.training import open_training
 pytestmark = pytest.mark.usefixtures("small_inputs_are_offloaded", "tables_of_bitsandbytes")
 
 
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    """What is done within ends with this message, and leaves nothing in use."""
+    before = in_use()
+    with pytest.raises(RunError, match=message) as caught:
+        yield
+    del caught
+    gpu.fail_allocations(-1, 0)
+    assert in_use() == before
+
+
 @pytest.mark.parametrize("quantise", ["none", "fp8", "nf4"])
 def test_a_gpu_that_is_full_while_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantise: str) -> None:
-    before = in_use()
     run = Run.create(shared_job("cuda:0", tmp_path, "wan2.1-t2v", memory=ARRANGEMENTS["mapped"] | {"quantise": quantise}))
     forget_accelerate()
     load = training.load_transformer
@@ -30,27 +42,16 @@ def test_a_gpu_that_is_full_while_the_model_is_loaded(tmp_path: Path, monkeypatc
         return load(*given, **options)
 
     monkeypatch.setattr(training, "load_transformer", load_on_a_full_gpu)
-    with pytest.raises(
-        RunError, match=r"out of memory on cuda:0 while the model was loaded .*must stay free.*start the run again"
-    ) as caught:
+    with refused(r"out of memory on cuda:0 while the model was loaded .*must stay free.*start the run again"):
         open_training(run)
-    del caught
-    gpu.fail_allocations(-1, 0)
-    assert in_use() == before
 
 
 def test_a_gpu_that_has_no_memory_even_for_a_plan(tmp_path: Path) -> None:
     """`plan` ended with a bare OutOfMemoryError."""
     job = shared_job("cuda:0", tmp_path, "wan2.1-t2v")
-    before = in_use()
     gpu.fail_allocations(0)
-    with pytest.raises(
-        RunError, match=r"out of memory on cuda:0 while its speed was measured \(.* GiB are free\); half a GiB must be free .*Close other"
-    ) as caught:
+    with refused(r"out of memory on cuda:0 while its speed was measured \(.* GiB are free\); half a GiB must be free .*Close other"):
         make_plan(job)
-    del caught
-    gpu.fail_allocations(-1, 0)
-    assert in_use() == before
 
 
 def test_a_resume_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
