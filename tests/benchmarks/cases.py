@@ -15,7 +15,7 @@ class Case:
     """One measurement, in a process of its own.
 
     kind      "train": the trainer alone, with its memory; "compare": the trainer beside the plain loop, in turn;
-              "peer": another trainer
+              "sizes": the first step of each of `sizes` beside its second; "peer": another trainer
     dtype     what the file holds: "bfloat16" or "fp8_scaled"
     cap_gib   what PyTorch may reserve of the card; None: all of it
     job       fields of the job
@@ -26,7 +26,7 @@ class Case:
     """
 
     name: str
-    kind: Literal["train", "compare", "peer"]
+    kind: Literal["train", "compare", "sizes", "peer"]
     model: str
     dtype: str
     size: Size
@@ -40,10 +40,14 @@ class Case:
     limit_seconds: int = 300
     settings: tuple[Mapping[str, Any], ...] = ()
     """Of a peer: what is tried, the best first, until one does not run out of memory."""
+    sizes: tuple[Size, ...] = ()
+    """Of "sizes": one clip of each, beside one of `size`."""
 
 
 LARGE, MIDDLE, SMALL = (81, 512, 512), (33, 512, 512), (33, 256, 256)
 """Of Wan: 21,504 tokens, 9,216 and 2,304."""
+EIGHT = tuple((frames, height, width) for frames in (17, 33) for height, width in ((256, 448), (320, 320), (384, 256), (448, 384)))
+"""As a data set of mixed clips has them in its buckets."""
 
 _RESIDENT: dict[str, Any] = {}
 _FIFTH = {"weights_share": 0.2, "host": "pinned"}
@@ -91,7 +95,9 @@ CASES: tuple[Case, ...] = (
         job={"speed": {"compile": True}},
         arrangement=_FIFTH | {"compile": True},
     ),
+    Case("wan-14b deterministic, streamed", "train", "wan-14b", "bfloat16", MIDDLE, job={"deterministic": True}, arrangement=_FIFTH),
     Case("wan-1.3b 480x832x33 in 16 GiB", "train", "wan-1.3b", "bfloat16", (33, 480, 832), 16),
+    Case("wan-1.3b eight sizes in turn", "sizes", "wan-1.3b", "bfloat16", (17, 256, 256), arrangement=_RESIDENT, sizes=EIGHT),
     Case("wan-1.3b beside the bare loop", "compare", "wan-1.3b", "bfloat16", MIDDLE, arrangement=_RESIDENT, target=1.03),
     Case("wan-5b 704x1280x49 in 16 GiB", "train", "wan-5b", "bfloat16", (49, 704, 1280), 16),
     Case("ltx-2b 512x768x89 in 8 GiB", "train", "ltx-2b", "bfloat16", (89, 512, 768), 8),

@@ -37,7 +37,8 @@ CHUNKS = {count: f"wan-14b 512x512x81 in {count} chunks" for count in (1, 2, 4)}
 STREAMED, MAPPED = "wan-14b streamed beside resident", "wan-14b mapped beside resident"
 BARE, SCRIPT = "wan-14b resident beside the bare loop", "wan-14b beside diffusers' script"
 SMALL, ASYNC = "wan-1.3b 480x832x33 in 16 GiB", "wan-1.3b 480x832x33 with cudaMallocAsync"
-COMPILED = "wan-14b compiled, streamed"
+MIXED = "wan-1.3b eight sizes in turn"
+COMPILED, EXACT = "wan-14b compiled, streamed", "wan-14b deterministic, streamed"
 OTHERS = (
     "ltx-2b 512x768x89 in 8 GiB",
     "wan-5b 704x1280x49 in 16 GiB",
@@ -114,6 +115,19 @@ def _allocators(found: Found) -> str:
     )
 
 
+def _new_sizes(found: Found) -> str:
+    case = found[MIXED]
+    more = sum(case["first_step_seconds_each"]) - sum(case["second_step_seconds_each"])
+    count = len(case["sizes"])
+    return f"{count} first steps took {more:.2f} s more than the second ones ({case['ratio_median']:.2f} times as long, median)"
+
+
+def _deterministic(found: Found) -> str:
+    exact = found[EXACT]
+    opened = f"opened in {exact['opened_seconds']:.0f} s beside {found[COMPILED]['opened_seconds']:.0f}; {_seconds(exact)}"
+    return opened + (f" beside {found[STREAMED]['step_seconds']:.2f}" if STREAMED in found else "")
+
+
 def _all_train(found: Found) -> str:
     return "; ".join(f"{name}: {_trains(name)(found)}" for name in OTHERS if name in found)
 
@@ -184,6 +198,18 @@ PARTS: tuple[tuple[Question, ...], ...] = (
             (SMALL, ASYNC),
             _allocators,
             "If cudaMallocAsync reserves less or is faster, keep it (environment.py); if it reserves more, dropping it was right.",
+        ),
+        Question(
+            "What does the first step of a new clip size cost (cuDNN attention plans for each shape)?",
+            (MIXED,),
+            _new_sizes,
+            "More than a second a size: take cuDNN's attention out of the backends (attention.py), or let the probe run each size once.",
+        ),
+        Question(
+            "What does deterministic = true cost?",
+            (COMPILED, EXACT),
+            _deterministic,
+            "Write both figures into the description of `deterministic`. Minutes to open: PyTorch fills memory we asked it not to fill.",
         ),
         Question(
             "Do the other families train within their GPUs?",

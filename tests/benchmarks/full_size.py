@@ -167,6 +167,8 @@ def _child(options: argparse.Namespace) -> int:
 
         environment.go_offline()
         environment.use_memory_without_gaps()
+        if case.job.get("deterministic"):
+            environment.allow_determinism()
         import torch
         from gauges import hardware, versions
         from measure import measure

@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -169,21 +169,21 @@ class _Pools:
         return self._pools[key]
 
 
-def write_clips(folder: Path, model: FullSize, path: Path, size: tuple[int, int, int], clips: int = 4) -> Path:
-    """An encoded folder of random clips of `size` (frames, height, width in pixels) for the model in `path`."""
+def write_clips(folder: Path, model: FullSize, path: Path, sizes: Sequence[tuple[int, int, int]]) -> Path:
+    """An encoded folder of random clips of these sizes (frames, height, width in pixels) for the model in `path`."""
     family, variant = model.family, model.variant
     assert family.required(variant) == {"latents"}, f"{variant.id} needs more than latents and text"
     config, latent = model.detection(path).config, family.latent(variant)
     chance, cache = torch.Generator().manual_seed(2), Cache(folder / "cache")
     width, pooled = family.text_width(config), config.get("pooled_projection_dim") if TINY[family.id].pooled_dim else None
     rows = 7 if model.tiny else TEXT_ROWS
-    captions = ["", *(f"clip {index}" for index in range(clips))]
+    captions = ["", *(f"clip {index}" for index in range(len(sizes)))]
     texts = {caption: cache.text_key(caption, "random") for caption in captions}
     for caption, key in texts.items():
         embeds = torch.randn(rows if caption else 1, width, generator=chance).to(torch.bfloat16)
         cache.write_text(key, TextRecord(embeds, None if pooled is None else torch.randn(int(pooled), generator=chance)))
     items = []
-    for caption in captions[1:]:
+    for caption, size in zip(captions[1:], sizes, strict=True):
         key = cache.latents_key(caption, 0.0, size[0], latent.fps, size[1], size[2], "random")
         cache.write_latents(key, torch.randn(latent.shape(*size), generator=chance))
         items.append(EncodedItem(key, texts[caption], caption, f"{caption}.mp4", 0.0, *size, latent.fps, 1, False))

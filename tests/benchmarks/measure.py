@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case
+from cases import Case, Size
 from full_size_files import FullSize, full_size, tiny_size, write_clips
 from gauges import GIB, cap_card, card_memory, host_memory, profile, synchronize
 from loops import Loop, job_of, plain_loop, timed, trainer_loop
@@ -30,9 +30,11 @@ def measure(case: Case, device: torch.device, folder: Path, options: argparse.Na
         from peers import run_peer
 
         return found | run_peer(case, path, size, folder, dict(peer.split("=", 1) for peer in options.peer))
-    clips = write_clips(folder / "clips", model, path, size)
+    clips = write_clips(folder / "clips", model, path, [size, *_sizes(case, size, options)] if case.sizes else [size] * 4)
     job = job_of(folder, "case", model, path, clips, str(device), **_fields(case, options))
     cap_card(device, case.cap_gib)
+    if case.kind == "sizes":
+        return found | _sizes_in_turn(case, job, device, options)
     return found | (_trained(case, job, device, options) if case.kind == "train" else _compared(case, job, model, device, options))
 
 
@@ -44,6 +46,14 @@ def _fields(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if case.arrangement:
         memory["stream"] = "always"
     return {"memory": memory, **case.job}
+
+
+def _sizes(case: Case, smallest: Size, options: argparse.Namespace) -> list[Size]:
+    """Tiny: each one step wider than the one before, as the smallest is wider than high by one."""
+    frames, height, width = smallest
+    return (
+        [(frames, height, width + (width - height) * more) for more in range(1, len(case.sizes) + 1)] if options.tiny else list(case.sizes)
+    )
 
 
 def _arrangement(case: Case, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -119,6 +129,33 @@ def _kept(loop: Loop) -> dict[str, Any]:
             "host_gib": price.host_bytes / GIB,
             "step_seconds": price.step_seconds,
         }
+    return found
+
+
+def _sizes_in_turn(case: Case, job: Job, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Two epochs, which show every size once each: what a kernel that plans for each new shape costs.
+
+    The very first step does what is done once, for any size: its size is left out.
+    """
+    loop = trainer_loop(job, _arrangement(case, options))
+    assert loop.training is not None
+    samples = loop.training.samples
+    count = len(samples.items)
+    shown = [samples.items[samples.order.step(step)[0].clips[0]] for step in range(1, 2 * count + 1)]
+    seconds: dict[Size, list[float]] = {}
+    for item, taken in zip(shown, timed(loop, 2 * count, time.perf_counter), strict=True):
+        seconds.setdefault((item.num_frames, item.height, item.width), []).append(taken)
+    del seconds[next(iter(seconds))]
+    first, second = ([each[index] for each in seconds.values()] for index in (0, 1))
+    found = {
+        "step_seconds": statistics.median(second),
+        "first_step_seconds_each": first,
+        "second_step_seconds_each": second,
+        "sizes": [list(size) for size in seconds],
+        "ratio_median": statistics.median(one / other for one, other in zip(first, second, strict=True)),
+        "card": card_memory(device),
+    }
+    loop.close()
     return found
 
 

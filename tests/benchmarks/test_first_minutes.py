@@ -19,6 +19,10 @@ def result(name: str, reserved_gib: float) -> dict:
         "case": name,
         "step_seconds": 2.0,
         "ratio_median": 1.04,
+        "opened_seconds": 20.0,
+        "sizes": [[17, 256, 256], [33, 256, 256]],
+        "first_step_seconds_each": [3.0, 2.5],
+        "second_step_seconds_each": [2.0, 2.0],
         "card": {"peak_reserved_gib": reserved_gib, "peak_allocated_gib": 0.9 * reserved_gib, "context_gib": 0.5},
         "predicted": {"allocated_gib": 0.9 * reserved_gib, "step_seconds": 1.0},
         "profile": {"idle_share": 0.03, "host_bytes_beside_activations": 4},
@@ -64,6 +68,8 @@ def test_answers_are_read_from_the_results(tmp_path, capsys):
     assert "not measured" not in said
     assert "1: 10.00 GiB, 2.00 s a step; 2: 10.00 GiB" in said
     assert "cudaMallocAsync: 12.00 GiB reserved" in said
+    assert "2 first steps took 1.50 s more than the second ones" in said
+    assert "opened in 20 s beside 20; 2.00 s a step beside 2.00" in said
     assert found_in(tmp_path)[ASYNC]["card"]["peak_reserved_gib"] == 12.0
 
 

@@ -42,7 +42,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_cases_on_the_cpu(results):
-    alone, compared = results("512x512x33 streamed,wan-14b mapped beside")
+    alone, compared, mixed = results("512x512x33 streamed,wan-14b mapped beside,eight sizes")
     assert "error" not in alone, alone
     assert "error" not in compared, compared
     assert alone["streamed_share"] >= 0.8
@@ -51,6 +51,9 @@ def test_cases_on_the_cpu(results):
     assert alone["bytes_of_a_step"]["weights_to_device"] == 2 * (streamed - slots) / streamed * alone["streamed_bytes"]
     assert alone["step_seconds"] > 0
     assert "FOLDER" not in json.dumps(alone)
+    assert "error" not in mixed, mixed
+    assert len({tuple(size) for size in mixed["sizes"]}) == 8, "nine sizes, without the one of the very first step"
+    assert len(mixed["first_step_seconds_each"]) == len(mixed["second_step_seconds_each"]) == 8
     assert compared["ratio_median"] == pytest.approx(compared["step_seconds"] / compared["plain_step_seconds"])
 
 
@@ -83,7 +86,8 @@ def test_random_files_are_models_that_answer(name, tmp_path):
 def test_sizes_of_cases_fit_their_models():
     for case in CASES:
         model = model_of(case.model)
-        assert not model.family.latent(model.variant).problems(*case.size), case.name
+        for size in (case.size, *case.sizes):
+            assert not model.family.latent(model.variant).problems(*size), case.name
         stored = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in model.entries(case.dtype).values())
         assert stored < 30e9
     assert len({case.name for case in CASES}) == len(CASES)
