@@ -62,7 +62,7 @@ def _saved(values: list[Any]) -> dict[str, Any]:
     return {"last_node_id": 1, "last_link_id": 0, "nodes": [node], "links": [], "version": 0.4}
 
 
-@pytest.mark.parametrize("front_end", ["server", "newest_server"])
+@pytest.mark.parametrize("front_end", [pytest.param("server", marks=pytest.mark.slow), "newest_server"])
 def test_every_value_is_where_it_was_and_what_is_new_has_its_default(front_end: str, request: pytest.FixtureRequest, pages):
     server = request.getfixturevalue(front_end)
     with pages.open(server) as page:

@@ -33,6 +33,7 @@ def test_a_failing_graph_tells_the_sentence(server):
         server.prompt(_graph("broken.safetensors"))
 
 
+@pytest.mark.slow
 def test_it_comes_back_with_what_it_had(newest_server):
     loras = newest_server.base_directory / "output" / "loras"
     loras.mkdir(exist_ok=True)

@@ -133,7 +133,7 @@ def test_few_blocks_stand_for_all(family_id: str, way: str) -> None:
 
 of_some_families = pytest.mark.parametrize(
     "family",
-    [pytest.param(family, id=family.id, marks=[] if family.id in ("wan", "ltx") else [pytest.mark.slow]) for family in families().values()],
+    [pytest.param(family, id=family.id, marks=[] if family.id == "wan" else [pytest.mark.slow]) for family in families().values()],
 )
 
 

@@ -237,7 +237,7 @@ def test_a_run_that_has_its_last_lora_is_done_without_the_last_checkpoint(
 
 
 def test_a_preview_that_cannot_be_saved_is_not_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = {"prompts": ["a preview"], "negative": "", "width": 256, "height": 256, "num_frames": 5, "sampling_steps": 2, "shift": 1.0}
+    sample = {"prompts": ["a preview"], "negative": "", "width": 64, "height": 64, "num_frames": 5, "sampling_steps": 2, "shift": 1.0}
     job = tiny_job(tmp_path, steps=2, previews=sample | {"every_steps": 2})
     run = Run.create(job.model_copy(update={"base": job.base.model_copy(update={"vae": str(VAE)})}))
     write = previews.write_video

@@ -56,7 +56,9 @@ def encode(model: Whole, folder: Path) -> Encoded:
     return report.encoded
 
 
-@pytest.mark.parametrize("variant_id", ["wan2.1-i2v", "wan2.2-ti2v", "ltxv-2b-0.9.5", "hunyuan-i2v-v1", "hunyuan-i2v-v2"])
+@pytest.mark.parametrize(
+    "variant_id", ["wan2.1-i2v", "wan2.2-ti2v", "ltxv-2b-0.9.5", "hunyuan-i2v-v1", pytest.param("hunyuan-i2v-v2", marks=pytest.mark.slow)]
+)
 def test_from_files_to_a_preview_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant_id: str):
     model = whole(variant_id)
     monkeypatch.setattr(model.family, "detect", lambda _: Detection(model.family, (model.variant,), model.config), raising=True)
