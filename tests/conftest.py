@@ -3,7 +3,7 @@ times slower.
 
 With `-n 2` the tests of a real ComfyUI's server and page all run in one process, so that they share them; those that call
 ComfyUI's code alone (`test_native_*`) run together, too, in whichever process is free. Any other file's tests run in one process,
-so that what they share is made once.
+so that what they share is made once; of the simulated GPU's `test_training`, which takes longest, all of a model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class FilesTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((start for start in ("tests/host/test_native_", "tests/host/") if nodeid.startswith(start)), nodeid.split("::")[0])
+            together = next((start for start in ("tests/host/test_native_", "tests/host/") if nodeid.startswith(start)), "")
+            return together or nodeid.partition(": " if "/test_training.py" in nodeid else "::")[0]
 
     config.option.loadscopereorder = False  # files with many tests are not those that take long
     return FilesTogether(config, log)
