@@ -152,7 +152,8 @@ def test_folders_like_clips_and_loops_of_links_are_harmless(tmp_path: Path, vide
 def as_nobody() -> Iterator[Path]:
     """A folder of a user whom permissions bind, even when the tests run as root."""
     _import_all_that_is_needed()
-    folder = Path(tempfile.mkdtemp())
+    everybodys = "/tmp" if os.name == "posix" else None  # what tempfile has now may be a folder of pytest's, closed to others
+    folder = Path(tempfile.mkdtemp(dir=everybodys))
     folder.chmod(0o777)
     user = os.geteuid()
     if user == 0:
