@@ -15,7 +15,7 @@ LTX = families()["ltx"]
 
 
 def test_attention_is_split_under_a_time_limit_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward, recomputed and backward, in chunks; the losses are the same bits, and the plan counts what it takes."""
+    """Forward, recomputed and backward, in chunks; the losses are the same, and the plan counts what it takes."""
     monkeypatch.setattr(attention_by_heads, "LONGEST_SECONDS", 1e-12)
     found = {}
     for limited in (False, True):
@@ -26,4 +26,5 @@ def test_attention_is_split_under_a_time_limit_only(tmp_path: Path, monkeypatch:
         found[limited] = [operators["attention"], operators["attention backward"]], losses(run)
     (whole, wanted), (by_heads, split) = found[False], found[True]
     assert all(count >= 2 * before for count, before in zip(by_heads, whole, strict=True))
-    assert split == wanted
+    # Attention itself has the same bits (test_attention_by_heads); the products around it, on a CPU without AVX2, may not.
+    assert split == pytest.approx(wanted, rel=1e-6)
