@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import socket
 import sys
@@ -49,9 +50,10 @@ def environment_of_worker() -> dict[str, str]:
 def use_memory_without_gaps() -> None:
     """Call this before CUDA is used: the allocator then grows its pieces in place, and little lies free between them.
 
-    It is torch's `expandable_segments` (its notes on CUDA), which Windows does not have. A user's own settings are kept.
+    It is torch's `expandable_segments` (its notes on CUDA), which Windows does not have. Under WSL the first allocation may end in
+    "CUDA driver error: unknown error" with it (pytorch issue 192330). A user's own settings are kept.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or "microsoft" in platform.release().lower():
         return
     wanted = "expandable_segments:True"
     for name in [name for name in _ALLOCATOR_SETTINGS if name in os.environ] or _ALLOCATOR_SETTINGS[:1]:

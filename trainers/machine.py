@@ -66,10 +66,13 @@ class Machine:
         return self if known is None else replace(self, flops_rate=known)
 
     def with_limits(self, vram_gib: float | None, ram_gib: float | None) -> Machine:
-        """The same machine, of which a training may take no more than these, and no more than is free."""
-        headroom = self.headroom_bytes if vram_gib is None else 0
-        free, ram = _at_most(self.free_bytes - headroom, vram_gib), _at_most(self.ram_bytes, ram_gib)
-        return replace(self, free_bytes=free, ram_bytes=ram, headroom_bytes=0)
+        """The same machine, of which a training may take no more than these, and no more than is free.
+
+        CUDA's headroom is left, unless `vram_gib` says that a part of what is free may be taken whole.
+        """
+        own = vram_gib is not None and vram_gib * GIB < self.free_bytes
+        free = _at_most(self.free_bytes - (0 if own else self.headroom_bytes), vram_gib)
+        return replace(self, free_bytes=free, ram_bytes=_at_most(self.ram_bytes, ram_gib), headroom_bytes=0)
 
 
 def _at_most(free_bytes: int, limit_gib: float | None) -> int:

@@ -51,11 +51,11 @@ def reasons(plan: MemoryPlan) -> list[str]:
     placement, blocks = price.placement, len(plan.model.blocks)
     if placement.streamed:
         waiting = size_text(sum(plan.model.blocks[index] for index in placement.streamed))
-        waits = "in pinned memory" if price.pinned_blocks else "in the mapped file"
+        waits = "from pinned memory" if price.pinned_blocks else "from the mapped file"
         if 0 < price.pinned_blocks < len(placement.streamed):
-            waits = f"in pinned memory ({price.pinned_blocks} blocks: no more may be pinned) and in the mapped file"
-        text = f"{len(placement.streamed)} of {blocks} blocks ({waiting}) wait {waits} and come when they are used"
-        found = [f"{text}, {_told(plan, 'stream', 'always') or 'because the rest of the card is needed for the step'}; {_hidden(plan)}."]
+            waits = f"from pinned memory ({price.pinned_blocks} blocks, no more may be pinned) and from the mapped file"
+        text = f"{len(placement.streamed)} of {blocks} blocks ({waiting}) are streamed {waits}"
+        found = [f"{text}, {_told(plan, 'stream', 'always') or 'because the step needs the rest of the GPU'}; {_hidden(plan)}."]
     else:
         found = [f"All weights stay on the device, {_told(plan, 'stream', 'never') or _whether_they_fit(plan)}."]
     if chosen.activations == "host":

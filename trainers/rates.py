@@ -62,7 +62,7 @@ def rates_of(device: torch.device, dtype: torch.dtype, base: Path | None = None,
         "copy": lambda: copy_rate(device),
     }
     if missing := [name for name in lacking if name not in device_rates]:
-        disturbed = _is_used_by_others(device)
+        disturbed = is_used_by_others(device)
         new = {name: lacking[name]() for name in missing}
         if not disturbed:
             kept.keep("devices", key, new, device)
@@ -80,11 +80,11 @@ def rates_of(device: torch.device, dtype: torch.dtype, base: Path | None = None,
     )
 
 
-def _is_used_by_others(device: torch.device) -> bool:
+def is_used_by_others(device: torch.device) -> bool:
     """Whether a GPU computes for another process, such as a ComfyUI that renders: it would seem slow for good."""
-    from .nvidia_smi import is_used_by_others
+    from . import nvidia_smi
 
-    return device.type == "cuda" and is_used_by_others(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
+    return device.type == "cuda" and nvidia_smi.is_used_by_others(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
 
 
 def _file_rates(base: Path | None, kept: Measurements) -> tuple[float | None, float | None]:

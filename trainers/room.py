@@ -209,7 +209,7 @@ def _not_kept(training: Training) -> list[str]:
     }
     if not (names := [name for name, is_broken in broken.items() if is_broken]):
         return []
-    return [f"{listed(names)} could not be kept: the GPU is too full"]
+    return [f"{listed(names)} could not be applied: not enough GPU memory"]
 
 
 def describe_offload(training: Training) -> str:

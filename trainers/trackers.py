@@ -39,5 +39,7 @@ def _keep_going(training: Training, write: Callable[[], None]) -> None:
         write()
     except Exception as error:  # a full disk: an OSError, or with TensorFlow installed one of its own
         training.accelerator.trackers = []  # its thread has ended: it would fail in every step
-        message = f"TensorBoard's curves could not be written: {error}. They go on when the run is resumed; metrics.jsonl has every step."
+        message = (
+            f"TensorBoard's curves could not be written: {error}. They continue when you resume the run; metrics.jsonl has every step."
+        )
         training.run.event("warning", step=training.step, message=message)

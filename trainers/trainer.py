@@ -84,7 +84,8 @@ def may_end(training: Training, asked: Request) -> bool:
     good = run.latest_checkpoint() or 0
     if asked == "stop":
         raise RunError(
-            f"The run stopped at step {step}, but {training.unsaved}. Free disk space, or close or move what is in the way, then resume "
+            f"The run stopped at step {step}, but {training.unsaved}. Free disk space, or close the program that holds the file, then "
+            "resume "
             f"the run: it starts from step {good}."
         )
     training.cannot_pause = True
@@ -118,8 +119,8 @@ def optimize(training: Training) -> dict[str, Any]:
     """One optimizer step of the expert whose turn it is; what it measured.
 
     The host waits for the device once, for the measurements, when the whole step is queued (prodigy waits twice more for each of its
-    parameters: see `build_optimizer`). Raises RunError for a step that
-    was not finite; then the LoRA in memory is spoilt and must not be saved.
+    parameters: see `build_optimizer`). Raises RunError for a step that was not finite; then the LoRA in memory is spoilt and must not be
+    saved.
     """
     started, job = time.perf_counter(), training.job
     learner, turn = with_room(training, training.take_turn)

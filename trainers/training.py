@@ -295,7 +295,7 @@ def check_saved(training: Training) -> None:
     """Raises RunError when what the last step should have left is not there: such a run is not done."""
     if training.unsaved:
         raise RunError(
-            f"All {training.step} steps are done, but {training.unsaved}. Free disk space, or close or move what is in the way, then "
+            f"All {training.step} steps are done, but {training.unsaved}. Free disk space, or close the program that holds the file, then "
             f"resume the run: it starts from step {training.run.latest_checkpoint() or 0}."
         )
 

@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             result["cases"].append(_run(case, options, folder, left))
             result.setdefault("hardware", result["cases"][-1].get("hardware"))
             _write(options.out, result)
-            _delete_unneeded(folder, case, cases[index + 1 :])
+            if not options.keep_last or cases[index + 1 :]:
+                _delete_unneeded(folder, case, cases[index + 1 :])
     finally:
         if not options.folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -60,6 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", default="", help="parts of names of cases, with commas; default: all")
     parser.add_argument("--budget-seconds", type=float, default=540.0, help="no case begins after that, and none runs on")
     parser.add_argument("--folder", help="where models are made, 60 GB; default: a temporary folder")
+    parser.add_argument("--keep-last", action="store_true", help="the last case's model stays in --folder, for another call")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help="a checkout of another trainer: musubi=...")
     parser.add_argument("--list", action="store_true", help="names of the cases")
     parser.add_argument("--in-process", action="store_true", help="cases in this process, one after the other: for tests")
@@ -80,7 +82,8 @@ def _shown(arguments: list[str] | None) -> list[str]:
 def _asked(options: argparse.Namespace) -> list[Case]:
     parts = [part for part in options.cases.split(",") if part]
     peers = {peer.partition("=")[0] for peer in options.peer}
-    cases = [case for case in CASES if not parts or any(part in case.name for part in parts)]
+    cases = [case for part in parts or [""] for case in CASES if part in case.name]
+    cases = list({case.name: case for case in cases}.values())  # in the order of the names
     return [case for case in cases if case.kind != "peer" or case.name.split()[0] in peers]
 
 

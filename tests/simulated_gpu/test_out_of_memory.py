@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_inputs_are_offloaded", "tables_of_bi
 
 POINTS, BURSTS = 100, {4: 10, 10: 10, 60: 10}
 """Of each case: single allocations that fail, spread over the whole run; runs of so many failures, and how many of them."""
-WHOLE_RUNS = {"one expert, mapped": "wan2.1-t2v", "two experts, pinned": "wan2.2-t2v", "resident": "ltxv-2b-0.9"}
+WHOLE_RUNS = {"one expert, mapped": "hunyuan-t2v", "two experts, pinned": "wan2.2-t2v", "resident": "ltxv-2b-0.9"}
 WHILE_LOADING = (
     r"out of memory on cuda:0 while (the model was loaded .*; .* must stay free|its speed was measured) .*\. Close other programs"
 )

@@ -6,6 +6,7 @@ of a family, a way and a precision comes, and each variant.
 
 from __future__ import annotations
 
+import gc
 import re
 from itertools import count, product
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from simulated_gpu.gpu_runs import ARRANGEMENTS, VARIANTS, loss_on_cpu, losses, shared_job, trained
+from simulated_gpu.gpu_runs import ARRANGEMENTS, VARIANTS, forget_accelerate, in_use, loss_on_cpu, losses, shared_job, trained
+from trainers import trainer
 from trainers.run import Run
 
 pytestmark = pytest.mark.usefixtures("small_inputs_are_offloaded", "tables_of_bitsandbytes")
@@ -73,3 +75,20 @@ def test_losses_are_those_of_the_cpu(tmp_path: Path, variant: str, way: str, kin
     run = trained(shared_job("cuda:0", tmp_path, variant, **fields | {"memory": memory}))
     assert losses(run) == pytest.approx(loss_on_cpu(variant, **on_cpu), rel=tolerance)
     assert all_blocks_streamed(run) == (way != "resident"), "stream = always streams every block of every step, after the probe too"
+
+
+def test_nothing_is_left_even_before_objects_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training is closed when it ends: whoever trains next in the process, or waits on a pause, would find the GPU full."""
+    trained(shared_job("cuda:0", tmp_path / "warm", "wan2.1-t2v", memory=ARRANGEMENTS["pinned"]))
+    run = Run.create(shared_job("cuda:0", tmp_path / "run", "wan2.1-t2v", memory=ARRANGEMENTS["pinned"]))
+    forget_accelerate()
+    before = in_use()
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+    gc.disable()
+    try:
+        assert trainer.train(run) == "done"
+        (on_gpu, *_), pinned = in_use()
+    finally:
+        gc.enable()
+    assert pinned == before[1]
+    assert on_gpu - before[0][0] < 100_000, "of the model only what is trained, 58 kB"

@@ -98,6 +98,14 @@ def test_windows_has_no_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment.os.environ == {}
 
 
+def test_wsl_has_no_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them the first allocation on the GPU may end in "CUDA driver error: unknown error"."""
+    monkeypatch.setattr(environment.platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    monkeypatch.setattr(environment.os, "environ", {})
+    environment.use_memory_without_gaps()
+    assert environment.os.environ == {}
+
+
 @pytest.mark.parametrize("name", ALLOCATOR)
 def test_no_comma_is_left_over(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch cannot be imported with one too many."""

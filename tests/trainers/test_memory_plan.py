@@ -125,7 +125,7 @@ def test_no_more_is_pinned_than_the_machine_allows(pinnable_gib: float) -> None:
     else:
         assert pinned == 2 * pinnable_gib - 2, "two staging buffers are pinned as well"
         assert plan.arrangement.most_pinned_bytes == gib(pinnable_gib) - staging
-        assert f"in pinned memory ({pinned} blocks: no more may be pinned) and in the mapped file" in reasons(plan)[0]
+        assert f"from pinned memory ({pinned} blocks, no more may be pinned) and from the mapped file" in reasons(plan)[0]
         assert plan.price.host_bytes == mapped.price.host_bytes + pinned * GIB // 2
     assert plan.price.copy_seconds <= mapped.price.copy_seconds
     assert as_values(plan, 1.0)["pinned_blocks"] == pinned

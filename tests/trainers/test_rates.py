@@ -120,7 +120,7 @@ def test_rates_of_a_gpu_that_another_program_uses_are_not_kept(
     tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that was started while ComfyUI rendered had half the GPU's rate in every later plan."""
-    monkeypatch.setattr(rates, "_is_used_by_others", lambda device: True)
+    monkeypatch.setattr(rates, "is_used_by_others", lambda device: True)
     assert rates.rates_of(CPU, torch.float32, None, Measurements(tmp_path)).copy == 1e9
     assert not (tmp_path / "check.json").exists()
 

@@ -8,6 +8,7 @@ import pytest
 import tiny_families
 import torch
 from adversary import Adversary
+from closeness import assert_same
 from tiny_families import TINY, of_every_kind_of_block, tiny_job_of
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -75,8 +76,8 @@ def test_offloaded_gradients_are_resident_gradients_bit_for_bit(tmp_path, deeper
         residency = training.learners[0].residency
         blocks = len(residency.block_bytes)
         assert (residency.placement.slots, len(residency.placement.streamed)) == (2, blocks)
-        found = gradients(training)
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), way
+        for found, like in zip(gradients(training), wanted, strict=True):
+            assert_same(found, like)
         assert residency.stream.bytes_to_device > 0
         residency.stream.close()
     training = opened(tmp_path / "partly", family, variant, memory=memory)
@@ -84,8 +85,8 @@ def test_offloaded_gradients_are_resident_gradients_bit_for_bit(tmp_path, deeper
     residency.rearrange(dataclasses.replace(residency.arrangement, weights_bytes=sum(residency.block_bytes) - 1))
     if blocks > 3:
         assert 2 < len(residency.placement.streamed) < blocks
-    found = gradients(training)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for found, like in zip(gradients(training), wanted, strict=True):
+        assert_same(found, like)
     residency.leave()
 
 

@@ -22,6 +22,7 @@ from trainers.selftest import checks, models
 from trainers.selftest.checks import CHECKS, NO_GPU, run_checks
 from trainers.selftest.lines import Bench, Check, Line
 from trainers.selftest.report import Report, Section, without_names
+from trainers.selftest.speeds import usual_gpu
 
 CPU = torch.device("cpu")
 
@@ -118,6 +119,8 @@ def test_no_check_begins_when_no_time_is_left(tmp_path: Path) -> None:
         f"cannot open {Path.home() / 'models' / 'wan.safetensors'}",
         r"cannot open C:\Users\ada\runs\kitten: denied",
         "'/srv/data/kitten.toml' is missing",
+        r"cannot open D:\Kunden\Ada Lovelace\wan\kitten.txt",
+        "cannot open /srv/My Films/ada private/kitten.mp4",
         "my_private_model.safetensors is torn",
         "a model of mine.safetensors is torn",
     ],
@@ -125,8 +128,53 @@ def test_no_check_begins_when_no_time_is_left(tmp_path: Path) -> None:
 def test_what_is_pasted_has_no_path_and_no_name(text: str) -> None:
     line = Line("line", "failed", text)
     block = Report((Section("section", (line,)),), names=("a model of mine.safetensors",)).block()
-    for private in (getpass.getuser(), socket.gethostname(), Path.home().name, "wan", "ada", "kitten", "private", "mine", "srv"):
+    for private in (
+        getpass.getuser(),
+        socket.gethostname(),
+        Path.home().name,
+        "wan",
+        "ada",
+        "kitten",
+        "private",
+        "mine",
+        "srv",
+        "Lovelace",
+        "Films",
+    ):
         assert private not in block.replace("  failed  line", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "usual"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA RTX A1000", None),
+        ("T400", None),
+    ],
+)
+def test_which_gpu_is_usual(name: str, usual: str | None) -> None:
+    """An RTX A1000 was told that it computes 230 TFLOPS."""
+    found = usual_gpu(name)
+    assert (found and found.name) == usual
+
+
+def test_a_folder_of_runs_that_is_given_relatively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's `check` failed two lines on Python 3.11 and skipped the rest: what it starts has another working folder."""
+    monkeypatch.chdir(tmp_path)
+    few = tuple(check for check in CHECKS if check.name in ("a lock", "a worker"))
+    assert len(few) == 2
+    monkeypatch.setattr(checks, "run_checks", partial(run_checks, checks=few))
+    assert cli.main(["check", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(("change", "state"), [(0.0, "ok"), (1e-3, "failed"), (float("nan"), "failed")])
+def test_gradients_that_differ_are_a_failed_line(change: float, state: str) -> None:
+    resident = torch.linspace(-1, 1, 50)
+    streamed = resident.clone()
+    streamed[7] += change
+    assert models._compared("mapped", streamed, resident, models._NEAR_ITSELF).state == state
 
 
 def test_what_is_not_private_stays() -> None:

@@ -34,8 +34,8 @@ def check(options: argparse.Namespace) -> int:
     from ..selftest.checks import run_checks
     from ..selftest.report import as_text
 
-    device = find_device(options.device)
-    options.runs.mkdir(parents=True, exist_ok=True)
+    device, runs = find_device(options.device), options.runs.absolute()  # processes that `check` starts have other working folders
+    runs.mkdir(parents=True, exist_ok=True)
     shown: list[str] = []
 
     def tell(title: str, line: Line) -> None:
@@ -44,7 +44,7 @@ def check(options: argparse.Namespace) -> int:
             print(title, flush=True)
         print(as_text(line), flush=True)
 
-    report = run_checks(device, options.runs, options.base, tell, limit_seconds=options.seconds)
+    report = run_checks(device, runs, options.base, tell, limit_seconds=options.seconds)
     print(f"\n{report.summary()}. Rates and this table are in {options.runs / FILE}; `plan` uses them.")
     print(f"\nFor a bug report, without paths or names:\n\n{report.block()}")
     return int(report.failed)

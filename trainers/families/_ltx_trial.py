@@ -6,7 +6,7 @@ from ..family import Trial
 
 TRIAL = Trial(
     heads=32,
-    head_width=64,
+    head_width=128,
     masked=True,
     config={
         **{"num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256, "num_layers": 3},

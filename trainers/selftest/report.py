@@ -15,7 +15,8 @@ from typing import Any
 from .lines import Line
 
 _NAME_WIDTH = 26
-_PATH = re.compile(r"""(?<!\w)(?:[A-Za-z]:)?[\\/][^\s'"`,;:()]+""")
+_PATH = re.compile(r"""(?<!\w)(?:[A-Za-z]:)?[\\/](?:[^\n'"`,;:()]*[\\/])?[^\s'"`,;:()]+""")
+"""Names of folders may hold spaces: a path goes on to its last separator."""
 _FILE = re.compile(r"""[^\s'"`,;:()/\\]+\.(safetensors|json|toml|pth?|bin|py|log|gguf)\b""")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import rates
-from ..machine import CARDS, MIB, size_text
+from ..machine import CARDS, MIB, Card, size_text
 from ..measurements import device_key, drive_key, host_key
 from ..offload.arrangement import Arrangement
 from ..offload.linear import FrozenLinear
@@ -35,21 +37,36 @@ _LARGE_SIDE, _SMALL_SIDE, _ROWS = 8192, 1024, 256
 """Of a block: in bf16 128 MiB, and 2 MiB for what is slow; rows that a product is timed with."""
 
 
+@contextmanager
+def _kept_unless_disturbed(bench: Bench) -> Iterator[dict[str, float]]:
+    """Rates to keep of the device; not those measured while another process computes on it: it would seem slow for good."""
+    disturbed, found = rates.is_used_by_others(bench.device), dict[str, float]()
+    yield found
+    if not disturbed:
+        bench.kept.keep("devices", device_key(bench.device), found, bench.device)
+
+
+def usual_gpu(name: str) -> Card | None:
+    """The typical GPU of a device's name, by whole words: an RTX A1000 is no A100, a T400 no T4."""
+    return next((card for card in CARDS if re.search(rf"\b{re.escape(card.name)}\b", name)), None)
+
+
 def _computing(bench: Bench) -> Iterator[Line]:
     device, dtype = bench.device, bench.dtype
-    flops, memory = rates.flops_rate(device, dtype), rates.memory_rate(device)
-    bench.kept.keep("devices", device_key(device), {f"{name_of(dtype)}_flops": flops, "memory": memory}, device)
-    usual = next((card for card in CARDS if bench.on_gpu and card.name in torch.cuda.get_device_name(device)), None)
+    with _kept_unless_disturbed(bench) as found:
+        flops, memory = rates.flops_rate(device, dtype), rates.memory_rate(device)
+        found |= {f"{name_of(dtype)}_flops": flops, "memory": memory}
+    usual = usual_gpu(torch.cuda.get_device_name(device)) if bench.on_gpu else None
     slow = usual is not None and flops < 0.5e12 * usual.tera_flops
-    remedy = f"A {usual.name} computes {usual.tera_flops} TFLOPS: is it busy, hot, or on battery?" if usual else ""
+    remedy = f"Usual for a GPU of this kind: {usual.tera_flops} TFLOPS. Is it busy, hot, or on battery?" if usual else ""
     text = f"{flops / 1e12:.3g} TFLOPS in {name_of(dtype)}, {memory / 1e9:.3g} GB/s of its own memory"
     yield Line("computing", "slow" if slow else "ok", text, remedy)
 
 
 def _copies(bench: Bench) -> Iterator[Line]:
     device = bench.device
-    rate = rates.copy_rate(device)
-    bench.kept.keep("devices", device_key(device), {"copy": rate}, device)
+    with _kept_unless_disturbed(bench) as found:
+        found["copy"] = rate = rates.copy_rate(device)
     if not bench.on_gpu:
         yield Line("copies", "ok", f"{rate / 1e9:.3g} GB/s from memory to memory")
         return
@@ -145,7 +162,12 @@ def _overlap(bench: Bench) -> Iterator[Line]:
         stall = max(1 - resident / streamed, 0.0)
         text = f"{stall:.0%} of a pass waits for {_BLOCKS} blocks of {size_text(block_bytes)} ({1000 * streamed:.0f} ms)"
         state: State = "ok" if stall < _MOST_STALL else "slow"
-        yield Line(f"overlap, {host}", state, text, "Copies hide badly: `plan` is too hopeful for streamed models here. Please report it.")
+        yield Line(
+            f"overlap, {host}",
+            state,
+            text,
+            "Copying takes longer than computing hides here: `plan` is too hopeful for streamed models. Please report it.",
+        )
 
 
 def _copy_seconds(side: int, device: torch.device, dtype: torch.dtype) -> float:
