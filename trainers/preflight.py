@@ -379,4 +379,4 @@ def _problems(field: str, error: VideoTrainerError) -> list[Problem]:
     told = re.fullmatch(r"(.*?); (.*?)\. (.*)", str(error), re.DOTALL)
     if told:
         return [Problem(f"{field}: {told[1]}" if field else told[1], told[2], told[3])]
-    return [Problem(f"{field}: {error}" if field else str(error), "it must be usable", "Mend it and try again.")]
+    return [Problem(f"{field}: {error}" if field else str(error), "it must be usable", "Fix it and try again.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from simulated_gpu import gpu
 from simulated_gpu.gpu_runs import ARRANGEMENTS, job_on, losses, trained
@@ -26,5 +27,7 @@ def test_attention_is_split_under_a_time_limit_only(tmp_path: Path, monkeypatch:
         found[limited] = [operators["attention"], operators["attention backward"]], losses(run)
     (whole, wanted), (by_heads, split) = found[False], found[True]
     assert all(count >= 2 * before for count, before in zip(by_heads, whole, strict=True))
-    # Attention itself has the same bits (test_attention_by_heads); the products around it, on a CPU without AVX2, may not.
-    assert split == pytest.approx(wanted, rel=1e-6)
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":  # off by 7e-8 without AVX2, why is not known (LOG.md)
+        assert split == pytest.approx(wanted, rel=1e-6)
+    else:
+        assert split == wanted

@@ -16,7 +16,7 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor, share: float = ROUNDI
 
 
 def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """The same bits; with AVX2 alone, whose kernels begin a row by where it lies in memory, all but the last (HunyuanVideo: 5e-7)."""
+    """The same bits; with AVX2 alone to 2e-6: HunyuanVideo is off by up to 7e-7 there, with checkpointing alone too (benchmarks/LOG.md)."""
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         assert_near(found, wanted, 2e-6)
     else:

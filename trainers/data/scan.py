@@ -232,5 +232,5 @@ def _nothing_to_use(root: Path, rejected: list[Rejected]) -> DatasetError:
     first = Problem(f"{root} holds no clip that can be used", f"it needs files ({suffixes}) with captions", "See each file's reason.")
     reasons = [replace(item.problem, value=f"{item.name}: {item.problem.value}") for item in rejected[:_SHOWN_PROBLEMS]]
     if len(rejected) > _SHOWN_PROBLEMS:
-        reasons.append(Problem(f"and {len(rejected) - _SHOWN_PROBLEMS} more files", "as above", "Mend these first."))
+        reasons.append(Problem(f"and {len(rejected) - _SHOWN_PROBLEMS} more files", "as above", "Fix these first."))
     return DatasetError([first, *reasons])
